@@ -1,0 +1,296 @@
+"""config.json and generation_config.json of a Qwen2-VL checkpoint as plain dataclasses.
+
+Both layouts in circulation are read: the released flat one (text fields at the top level) and the nested one that
+transformers 5 writes (`text_config`, `rope_parameters`). A value that this package does not implement is an error that
+names it; nothing is ignored that would change the output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower (MODEL.md section 2). `hidden_size` is the width it hands to the decoder."""
+
+    depth: int
+    embed_dim: int
+    num_heads: int
+    hidden_size: int
+    mlp_ratio: float = 4
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    rope_theta: float = 1e4
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one row of pixel_values: channels x frames x height x width of a patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Decoder (MODEL.md section 3). `rope` holds the scaling parameters as the checkpoint spells them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    max_position_embeddings: int = 32768
+    rope: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def rope_table(self) -> tuple[torch.Tensor, float]:
+        """(inv_freq [D/2] float32, attention_scaling): the plain table, or YaRN's blend of it (arXiv:2309.00071)."""
+        dim, base = self.head_dim, self.rope_theta
+        inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        if self.rope.get("rope_type", "default") != "yarn":
+            return inv_freq, 1.0
+        factor = float(self.rope["factor"])
+        trained = self.rope.get("original_max_position_embeddings") or self.max_position_embeddings
+
+        def pair_of(turns: float) -> float:
+            """The (fractional) pair index whose frequency makes `turns` turns over the trained length."""
+            return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = pair_of(self.rope.get("beta_fast") or 32), pair_of(self.rope.get("beta_slow") or 1)
+        if self.rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+        blended = inv_freq / factor * (1 - keep) + inv_freq * keep
+        return blended, _yarn_attention_scaling(self.rope, factor)
+
+
+def _yarn_attention_scaling(rope: dict[str, Any], factor: float) -> float:
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampling defaults of a checkpoint (generation_config.json, then config.json)."""
+
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model. `raw` is config.json as it was read, so that saving loses nothing."""
+
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vision_pad_token_id: int = 151654
+    tie_word_embeddings: bool = False
+    dtype: torch.dtype = torch.float32
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vision_token_ids(self) -> tuple[int, ...]:
+        """The ids that only media parts of a prompt may carry; sampling masks them by default."""
+        return (self.vision_start_token_id, self.vision_end_token_id, self.vision_pad_token_id,
+                self.image_token_id, self.video_token_id)  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Config:
+        """Reads `path`/config.json and, where it exists, `path`/generation_config.json."""
+        directory = Path(path)
+        generation = directory / "generation_config.json"
+        return cls.from_dict(_read_json(directory / "config.json"), _read_json(generation) if generation.exists() else {})
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Config:
+        """Raises ValueError for a key that is missing or a value that is not supported, naming both."""
+        if raw.get("model_type") != "qwen2_vl":
+            raise ValueError(f"config.json: model_type is {raw.get('model_type')!r}; expected 'qwen2_vl'")
+        text = {**raw, **(raw.get("text_config") or {})}
+        dtype = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"
+        if dtype not in _DTYPES:
+            raise ValueError(f"config.json: dtype {dtype!r} is not supported; expected one of {sorted(_DTYPES)}")
+        ids = {name: raw[name] for name in _TOKEN_IDS if raw.get(name) is not None}
+        if raw.get("vision_token_id") is not None:  # the released name of <|vision_pad|>
+            ids["vision_pad_token_id"] = raw["vision_token_id"]
+        config = cls(
+            vision=_vision_config(raw.get("vision_config") or {}),
+            text=_text_config(text),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            dtype=_DTYPES[dtype],
+            generation=_generation_config(generation or {}, text),
+            raw=raw,
+            **ids,
+        )
+        if config.vision.hidden_size != config.text.hidden_size:
+            raise ValueError(
+                f"config.json: vision_config.hidden_size is {config.vision.hidden_size} but the decoder's hidden_size is "
+                f"{config.text.hidden_size}; the tower's output must have the decoder's width"
+            )
+        return config
+
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.name} not found in {path.parent}; expected a checkpoint folder") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _positive(section: str, raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"config.json: {section}{name} is {value!r}; expected a positive integer")
+    return value
+
+
+def _refuse(section: str, raw: dict[str, Any], name: str, *supported: Any) -> None:
+    if raw.get(name) is not None and raw[name] not in supported:
+        raise ValueError(f"config.json: {section}{name} is {raw[name]!r}; supported: {', '.join(map(repr, supported))}")
+
+
+def _vision_config(raw: dict[str, Any]) -> VisionConfig:
+    def size(name: str, default: int | None = None) -> int:
+        return _positive("vision_config.", raw, name, default)
+
+    _refuse("vision_config.", raw, "hidden_act", "quick_gelu")
+    _refuse("vision_config.", raw, "spatial_merge_size", 2)
+    rope = raw.get("rope_parameters") or {}
+    _refuse("vision_config.rope_parameters.", rope, "rope_type", "axial", "default")
+    config = VisionConfig(
+        depth=size("depth", 32),
+        embed_dim=size("embed_dim", 1280),
+        num_heads=size("num_heads", 16),
+        hidden_size=size("hidden_size", 3584),
+        mlp_ratio=raw.get("mlp_ratio", 4),
+        in_channels=size("in_channels", raw.get("in_chans", 3)),
+        patch_size=size("patch_size", 14),
+        temporal_patch_size=size("temporal_patch_size", 2),
+        rope_theta=float(rope.get("rope_theta", 1e4)),
+    )
+    if config.embed_dim % config.num_heads or config.head_dim % 4:
+        raise ValueError(
+            f"config.json: vision_config.embed_dim {config.embed_dim} over num_heads {config.num_heads} must give a head_dim "
+            "that is a multiple of 4 (two axes of rotary pairs)"
+        )
+    return config
+
+
+def _text_config(raw: dict[str, Any]) -> TextConfig:
+    def size(name: str, default: int | None = None) -> int:
+        return _positive("", raw, name, default)
+
+    _refuse("", raw, "hidden_act", "silu")
+    layers = size("num_hidden_layers")
+    if raw.get("use_sliding_window") and raw.get("max_window_layers", layers) < layers:
+        raise ValueError(
+            f"config.json: use_sliding_window with max_window_layers {raw.get('max_window_layers')} of {layers} layers is not "
+            "supported; only full attention is"
+        )
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        raise ValueError("config.json: layer_types other than 'full_attention' are not supported")
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    rope["rope_type"] = "default" if kind == "mrope" else kind
+    _refuse("rope_scaling.", rope, "rope_type", "default", "yarn")
+    if rope["rope_type"] == "yarn" and not rope.get("factor"):
+        raise ValueError("config.json: rope_scaling of type 'yarn' needs a factor")
+    config = TextConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=size("num_attention_heads"),
+        num_key_value_heads=size("num_key_value_heads", raw.get("num_attention_heads")),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 1e6),
+        mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
+        max_position_embeddings=size("max_position_embeddings", 32768),
+        rope=rope,
+    )
+    if config.hidden_size % config.num_attention_heads or config.head_dim % 2:
+        raise ValueError(
+            f"config.json: hidden_size {config.hidden_size} over num_attention_heads {config.num_attention_heads} must give an "
+            "even head_dim"
+        )
+    if raw.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(f"config.json: head_dim {raw['head_dim']} differs from hidden_size / heads = {config.head_dim}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{config.num_key_value_heads}"
+        )
+    if len(config.mrope_section) != 3 or sum(config.mrope_section) * 2 != config.head_dim:
+        raise ValueError(
+            f"config.json: mrope_section {list(config.mrope_section)} must be three numbers that sum to head_dim / 2 = "
+            f"{config.head_dim // 2}"
+        )
+    return config
+
+
+def _generation_config(raw: dict[str, Any], text: dict[str, Any]) -> GenerationConfig:
+    def first(name: str, default: Any) -> Any:
+        return next((source[name] for source in (raw, text) if source.get(name) is not None), default)
+
+    eos = first("eos_token_id", ())
+    return GenerationConfig(
+        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        pad_token_id=first("pad_token_id", None),
+        do_sample=bool(raw.get("do_sample", False)),
+        temperature=float(raw.get("temperature") or 1.0),
+        top_k=int(raw.get("top_k") or 0),
+        top_p=float(raw.get("top_p") or 1.0),
+        repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
+    )

@@ -1,0 +1,152 @@
+"""Activations with the bias that precedes them, and the gated one of the decoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import checks
+from .backends import choose, define
+
+
+def quick_gelu(x, bias=None, *, backend: str | None = None):
+    """QuickGELU: z sigmoid(1.702 z), z = x + bias.
+
+    Args:
+        x: [..., F], floating, any strides.
+        bias: None, or [F] with the dtype and device of x.
+        backend: None for the fastest that can run the tensors.
+    Returns: [..., F] in x's dtype.
+    Raises: TypeError, ValueError for a dtype, device or shape that doesn't fit; RuntimeError for an unusable backend.
+    Precision: float32 inside (float64 for float64), one rounding at the end.
+    Source: MODEL.md section 2. Definition: `reference.quick_gelu`.
+    """
+    _check("quick_gelu", x, bias, backend)
+    return _quick_gelu(x, bias)
+
+
+def gelu(x, bias=None, *, backend: str | None = None):
+    """GELU by the error function, not tanh: z (1 + erf(z / sqrt 2)) / 2, z = x + bias.
+
+    Arguments, result, errors and precision as `quick_gelu`. Source: MODEL.md section 2 (merger). Definition: `reference.gelu`.
+    """
+    _check("gelu", x, bias, backend)
+    return _gelu(x, bias)
+
+
+def swiglu(gate_up, *, backend: str | None = None):
+    """SwiGLU: gate sigmoid(gate) up, where the last dim of gate_up holds gate, then up.
+
+    Args:
+        gate_up: [..., 2F], floating, any strides.
+        backend: None for the fastest that can run the tensor.
+    Returns: [..., F] in the dtype of gate_up.
+    Raises: as `quick_gelu`; ValueError for an odd last dim.
+    Precision: as `quick_gelu`.
+    Source: MODEL.md section 3. Definition: `reference.swiglu`.
+    """
+    checks.rows("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: expected an even last dim 2F, got shape {list(gate_up.shape)}")
+    choose("swiglu", backend, gate_up.device)
+    return _swiglu(gate_up)
+
+
+def _check(op: str, x, bias, backend) -> None:
+    checks.rows("x", x)
+    if bias is not None:
+        checks.same("bias", bias, "x", x)
+        checks.shape("bias", bias, (x.shape[-1],), "[F]")
+    choose(op, backend, x.device)
+
+
+def _quick_gelu_rows(z):
+    return torch.sigmoid(1.702 * z).mul_(z)
+
+
+def _quick_gelu_slope(z):
+    s = torch.sigmoid(1.702 * z)
+    return s * (1 + 1.702 * z * (1 - s))
+
+
+def _gelu_slope(z):
+    return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+
+
+def _pointwise(function):
+    """function(x + bias), one cache-sized block of rows at a time, so that its passes don't go to memory."""
+
+    def implementation(x, bias):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, rows_out = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
+        compute = torch.promote_types(x.dtype, torch.float32)
+        for block in checks.row_blocks(rows):
+            z = rows[block].to(compute)
+            rows_out[block].copy_(function(z if bias is None else z + bias))
+        return out
+
+    return implementation
+
+
+def _pointwise_backward(slope):
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        compute = torch.promote_types(x.dtype, torch.float32)
+        z = x.to(compute) if bias is None else x.to(compute) + bias
+        grad_z = grad.to(compute) * slope(z)
+        return grad_z.to(x.dtype), None if bias is None else grad_z.view(-1, x.shape[-1]).sum(0).to(bias.dtype)
+
+    return backward
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _fake(x, bias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_quick_gelu = define(
+    "quick_gelu(Tensor x, Tensor? bias) -> Tensor",
+    _pointwise(_quick_gelu_rows),
+    _fake,
+    setup_context=_save,
+    backward=_pointwise_backward(_quick_gelu_slope),
+)
+_gelu = define(
+    "gelu(Tensor x, Tensor? bias) -> Tensor",
+    _pointwise(torch.nn.functional.gelu),
+    _fake,
+    setup_context=_save,
+    backward=_pointwise_backward(_gelu_slope),
+)
+
+
+def _swiglu_impl(gate_up):
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty((*gate_up.shape[:-1], width))
+    rows, rows_out = gate_up.reshape(-1, 2 * width), out.view(-1, width)
+    compute = torch.promote_types(gate_up.dtype, torch.float32)
+    for block in checks.row_blocks(rows):
+        gate, up = rows[block].to(compute).chunk(2, -1)
+        rows_out[block].copy_(torch.sigmoid(gate).mul_(gate).mul_(up))
+    return out
+
+
+def _swiglu_backward(ctx, grad):
+    (gate_up,) = ctx.saved_tensors
+    compute = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(compute).chunk(2, -1)
+    upstream, s = grad.to(compute), torch.sigmoid(gate)
+    return torch.cat((upstream * up * s * (1 + gate * (1 - s)), upstream * gate * s), -1).to(gate_up.dtype)
+
+
+_swiglu = define(
+    "swiglu(Tensor gate_up) -> Tensor",
+    _swiglu_impl,
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+    setup_context=_save,
+    backward=_swiglu_backward,
+)

@@ -1,0 +1,113 @@
+"""Who can run what: the table of op x backend, the automatic choice, and the one place where an op meets torch.library."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "flash", "triton", "torch")  # fastest first
+OPS = (
+    "mrope", "mrope_", "vision_rope", "vision_rope_", "merge_patches", "varlen_attention", "patchify",
+    "linear_cross_entropy", "rms_norm", "layer_norm", "quick_gelu", "gelu", "swiglu",
+)  # fmt: skip
+_WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": (), "cuda": ()}
+_PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS}
+
+_library = torch.library.Library("qwen2vl_fast", "DEF")
+_warned = False
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers qwen2vl_fast::<schema> with torch (every device, fake tensors, autograd) and returns the callable op."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qwen2vl_fast::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"qwen2vl_fast::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    return getattr(torch.ops.qwen2vl_fast, name).default
+
+
+def extension_error() -> str | None:
+    """None when the compiled extension imports, else the reason."""
+    if importlib.util.find_spec("qwen2vl_fast._C") is None:
+        return "the CUDA extension is not built (nvcc was not found when the package was installed)"
+    try:
+        import qwen2vl_fast._C  # noqa: F401
+    except ImportError as error:
+        return f"the CUDA extension does not load: {error}"
+    return None
+
+
+def unusable(op: str, backend: str, device: str | None = None) -> str | None:
+    """Why `backend` can't run `op` on a device of type `device` (None: on whatever this machine has), or None if it can."""
+    if op not in _WRITTEN[backend]:
+        return f"there is no {backend} kernel for {op} yet"
+    if backend == "torch":
+        return None
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed (pip install qwen2vl-fast[flash])"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "cuda" and (error := extension_error()):
+        return error
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if device not in (None, "cuda"):
+        return f"the tensors are on {device}, not on a CUDA device"
+    return None
+
+
+def choose(op: str, backend: str | None, device: torch.device) -> str:
+    """The backend that will run `op`: the one asked for, or the fastest that can.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here. The first time
+    that a CUDA tensor gets less than the backend made for it, a warning says which and why.
+    """
+    global _warned
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if reason := unusable(op, backend, device.type):
+            raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
+        return backend
+    for name in BACKENDS:
+        if unusable(op, name, device.type) is None:
+            break
+    if device.type == "cuda" and name != _PREFERRED[op] and not _warned:
+        _warned = True
+        reason = unusable(op, _PREFERRED[op], device.type)
+        warnings.warn(
+            f"{op} runs on the {name} backend: {reason}. qwen2vl_fast.backends() lists every op; this is said once.",
+            stacklevel=3,
+        )
+    return name
+
+
+class BackendTable(dict):
+    """{op: {backend: None if usable, else the reason}}; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = []
+        for op, row in self.items():
+            lines.append(op)
+            lines.extend(f"  {name:<7} {'usable' if reason is None else reason}" for name, reason in row.items())
+        return "\n".join(lines)
+
+
+def backends() -> BackendTable:
+    """Which backend can run which op on this machine, and for each that can't, why."""
+    return BackendTable({op: {name: unusable(op, name) for name in BACKENDS} for op in OPS})

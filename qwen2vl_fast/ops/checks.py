@@ -1,0 +1,58 @@
+"""Argument checks shared by the ops. Shapes, dtypes and devices only: values on a device are never read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK_BYTES = 1 << 18  # per thread; a quarter of a common L2, so that a block survives the passes made over it
+
+
+def floating(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """x must have the dtype and device of other."""
+    floating(name, x)
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
+
+
+def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name}: expected {meaning} = {list(expected)}, got shape {list(x.shape)}")
+
+
+def rows(name: str, x: torch.Tensor) -> None:
+    floating(name, x)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected [..., width] with a width of at least 1, got shape {list(x.shape)}")
+
+
+def integers(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
+
+
+def row_blocks(x: torch.Tensor) -> Iterator[slice]:
+    """Slices of x's first dim small enough to stay in cache over several passes; one slice for a device tensor."""
+    count = x.shape[0]
+    if x.device.type != "cpu" or count == 0:
+        yield slice(0, count)
+        return
+    row_bytes = max(1, x[0].numel() * max(x.element_size(), 4))
+    step = max(1, _BLOCK_BYTES * torch.get_num_threads() // row_bytes)
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))

@@ -1,0 +1,51 @@
+"""Matrix products of the model: torch's, except where the CPU build has a faster one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .backends import define
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias: x [..., E], weight [F, E], bias [F] -> [..., F].
+
+    float32 on the CPU goes through oneDNN: torch's default there is MKL, which leaves AVX-512 unused on processors that are
+    not Intel's (docs/LOG.md has the measurement). Everything else is torch.nn.functional.linear.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN and x.numel() and weight.dtype == x.dtype:
+        return _linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear_impl(x, weight, bias):
+    out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_x = _linear(grad, weight.t().contiguous(), None) if wanted[0] else None
+    grad_weight = _linear(grads.t().contiguous(), rows.t().contiguous(), None) if wanted[1] else None
+    return grad_x, grad_weight, grads.sum(0) if ctx.has_bias and wanted[2] else None
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear_impl,
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    setup_context=_setup,
+    backward=_backward,
+)

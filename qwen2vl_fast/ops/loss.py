@@ -1,0 +1,114 @@
+"""Cross entropy of a linear head without its logits in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks
+from .backends import choose, define
+
+_CHUNK_BYTES = 1 << 26  # of float32 logits alive at once
+
+
+def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, backend: str | None = None):
+    """Mean cross entropy of hidden @ weight^T against labels, computed a chunk of rows at a time.
+
+    loss = mean over rows t with labels[t] != ignore_index of logsumexp(z_t) - z_t[labels[t]], z_t = weight hidden_t.
+
+    Args:
+        hidden: [T, E], floating.
+        weight: [V, E], the dtype and device of hidden.
+        labels: [T] int64 on the same device, in [0, V) or ignore_index. Already shifted by the caller.
+        ignore_index: the label of rows that don't count.
+        backend: None for the fastest that can run the tensors.
+    Returns: a scalar, float32 (float64 for float64); nan when no row counts, as the mean of nothing.
+    Raises: TypeError, ValueError for a dtype, device, shape or (on the host) a label out of range; RuntimeError for an
+        unusable backend.
+    Precision: products in the dtype of hidden; the rest in float32 (float64 for float64).
+    Source: MODEL.md section 6. Definition: `reference.linear_cross_entropy`.
+    """
+    checks.floating("hidden", hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden: expected [T, E], got shape {list(hidden.shape)}")
+    checks.same("weight", weight, "hidden", hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: expected [V, {hidden.shape[1]}], got shape {list(weight.shape)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    checks.shape("labels", labels, (hidden.shape[0],), "[T]")
+    checks.same_device("labels", labels, "hidden", hidden)
+    if labels.device.type == "cpu":
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
+        if bad.any():
+            index = int(bad.nonzero()[0])
+            raise ValueError(f"labels[{index}]: expected {ignore_index} or 0..{weight.shape[0] - 1}, got {int(labels[index])}")
+    choose("linear_cross_entropy", backend, hidden.device)
+    return _loss(hidden, weight, labels, ignore_index)[0]
+
+
+def _chunks(hidden, weight):
+    step = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    for start in range(0, hidden.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _logits(hidden, weight):
+    return (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _loss_impl(hidden, weight, labels, ignore_index):
+    counted = labels != ignore_index
+    safe = labels.where(counted, 0)
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    lse = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
+    picked = torch.empty_like(lse)
+    for chunk in _chunks(hidden, weight):
+        logits = _logits(hidden[chunk], weight)
+        lse[chunk] = logits.logsumexp(-1)
+        picked[chunk] = logits.gather(1, safe[chunk, None]).squeeze(1)
+    return (lse - picked).masked_fill_(~counted, 0).sum() / counted.sum(), lse
+
+
+def _loss_backward_impl(grad, hidden, weight, labels, lse, ignore_index):
+    """d loss / d z_t = (softmax(z_t) - onehot(label_t)) / count, with the logits of a chunk computed again."""
+    counted = labels != ignore_index
+    safe = labels.where(counted, 0)
+    factor = (grad / counted.sum()).masked_fill(~counted, 0)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+    for chunk in _chunks(hidden, weight):
+        slope = (_logits(hidden[chunk], weight) - lse[chunk, None]).exp_()
+        slope.scatter_add_(1, safe[chunk, None], slope.new_full((slope.shape[0], 1), -1.0))
+        slope = slope.mul_(factor[chunk, None]).to(hidden.dtype)
+        grad_hidden[chunk] = slope @ weight
+        grad_weight += slope.t() @ hidden[chunk]
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _fake(hidden, weight, labels, ignore_index):
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((), dtype=compute), hidden.new_empty(hidden.shape[0], dtype=compute)
+
+
+def _setup(ctx, inputs, output):
+    hidden, weight, labels, ctx.ignore_index = inputs
+    ctx.save_for_backward(hidden, weight, labels, output[1])
+
+
+def _backward(ctx, grad, grad_lse):
+    return *_loss_grad(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
+
+
+_loss = define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> (Tensor, Tensor)",
+    _loss_impl,
+    _fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+_loss_grad = define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index)"
+    " -> (Tensor, Tensor)",
+    _loss_backward_impl,
+    lambda grad, hidden, weight, *_: tuple(torch.empty_like(x) for x in (hidden, weight)),
+)

@@ -1,0 +1,165 @@
+"""Normalisation over the last dim, with the residual addition that precedes it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import checks
+from .backends import choose, define
+
+
+def rms_norm(x, weight, *, eps: float, residual=None, backend: str | None = None):
+    """RMSNorm of x, or of x + residual.
+
+    y = z / sqrt(mean(z^2) + eps) * weight, z = x or x + residual.
+
+    Args:
+        x: [..., C], floating, any strides.
+        weight: [C], the dtype and device of x.
+        eps: added to the mean square.
+        residual: None, or a tensor like x.
+    Returns: y [..., C] in x's dtype; with residual (y, x + residual).
+    Raises: TypeError, ValueError for a dtype, device or shape that doesn't fit; RuntimeError for an unusable backend.
+    Precision: the sum z is rounded to x's dtype; the rest in float32 (float64 for float64), one rounding at the end.
+    Source: MODEL.md section 3. Definition: `reference.rms_norm`.
+    """
+    _check("rms_norm", x, residual, backend, weight=weight)
+    return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(x, weight, bias, *, eps: float, residual=None, backend: str | None = None):
+    """LayerNorm of x, or of x + residual.
+
+    y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias, z = x or x + residual.
+
+    Args:
+        x: [..., C], floating, any strides.
+        weight, bias: [C], the dtype and device of x.
+        eps: added to the variance.
+        residual: None, or a tensor like x.
+    Returns: y [..., C] in x's dtype; with residual (y, x + residual).
+    Raises: as `rms_norm`.
+    Precision: as `rms_norm`.
+    Source: MODEL.md section 2. Definition: `reference.layer_norm`.
+    """
+    _check("layer_norm", x, residual, backend, weight=weight, bias=bias)
+    return _layer_norm(x, weight, bias, eps) if residual is None else _add_layer_norm(x, residual, weight, bias, eps)
+
+
+def _check(op: str, x, residual, backend, **parameters) -> None:
+    checks.rows("x", x)
+    for name, parameter in parameters.items():
+        checks.same(name, parameter, "x", x)
+        checks.shape(name, parameter, (x.shape[-1],), "[C]")
+    if residual is not None:
+        checks.same("residual", residual, "x", x)
+        checks.shape("residual", residual, tuple(x.shape), "x's shape")
+    choose(op, backend, x.device)
+
+
+def _rms_norm_impl(x, weight, eps):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _rms_norm_rows(out.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), weight, eps)
+    return out
+
+
+def _rms_norm_rows(out, x, weight, eps) -> None:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide_weight = weight.to(compute)
+    for block in checks.row_blocks(x):
+        wide = x[block].to(compute)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        out[block].copy_((wide * scale).mul_(wide_weight))
+
+
+def _add_rms_norm_impl(x, residual, weight, eps):
+    total = torch.add(x, residual).contiguous()
+    return _rms_norm_impl(total, weight, eps), total
+
+
+def _rms_norm_grad(grad, x, weight, eps):
+    """(grad of x, grad of weight). With r = rsqrt(mean(x^2) + eps): r (g w - x r mean(g w x r)), sum(g x r)."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide, upstream = x.to(compute), grad.to(compute)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit = wide * scale
+    weighted = upstream * weight.to(compute)
+    grad_x = scale * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
+    grad_weight = (upstream * unit).flatten(0, -2).sum(0) if x.dim() > 1 else upstream * unit
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def _layer_norm_impl(x, weight, bias, eps):
+    return F.layer_norm(x.contiguous(), weight.shape, weight, bias, eps)
+
+
+def _add_layer_norm_impl(x, residual, weight, bias, eps):
+    total = torch.add(x, residual).contiguous()
+    return _layer_norm_impl(total, weight, bias, eps), total
+
+
+def _layer_norm_grad(grad, x, weight, bias, eps):
+    """Gradients of x, weight, bias; mean and 1/std are recomputed, which is cheaper than keeping them."""
+    x, shape = x.contiguous(), list(weight.shape)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+    return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, shape, mean, rstd, weight, bias, [True] * 3)
+
+
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _save_sum(ctx, inputs, output):
+    _, _, *parameters, ctx.eps = inputs
+    ctx.save_for_backward(output[1], *parameters)
+
+
+def _with_sum(grad_function):
+    """Backward of an op on x + residual: both get the norm's gradient plus what reaches the sum directly."""
+
+    def backward(ctx, grad, grad_sum):
+        grad_x, *grads = grad_function(grad, *ctx.saved_tensors, ctx.eps)
+        grad_x = grad_x + grad_sum
+        return grad_x, grad_x, *grads, None
+
+    return backward
+
+
+def _fake_sum(x, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+def _fake_one(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _rms_norm_impl,
+    _fake_one,
+    setup_context=_save_inputs,
+    backward=lambda ctx, grad: (*_rms_norm_grad(grad, *ctx.saved_tensors, ctx.eps), None),
+)
+_add_rms_norm = define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _add_rms_norm_impl,
+    _fake_sum,
+    setup_context=_save_sum,
+    backward=_with_sum(_rms_norm_grad),
+)
+_layer_norm = define(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _layer_norm_impl,
+    _fake_one,
+    setup_context=_save_inputs,
+    backward=lambda ctx, grad: (*_layer_norm_grad(grad, *ctx.saved_tensors, ctx.eps), None),
+)
+_add_layer_norm = define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    _add_layer_norm_impl,
+    _fake_sum,
+    setup_context=_save_sum,
+    backward=_with_sum(_layer_norm_grad),
+)

@@ -1,0 +1,231 @@
+"""Rotary embeddings: three axes for the decoder, two for the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..reference import inverse_frequencies, mrope_angles, vision_rope_angles
+from . import checks
+from .backends import choose, define
+
+
+def mrope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position_ids: torch.Tensor,
+    *,
+    theta: float = 1e6,
+    sections: Sequence[int] = (16, 24, 24),
+    inv_freq: torch.Tensor | None = None,
+    attention_scaling: float = 1.0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three-axis rotary embedding (M-RoPE) of queries and keys.
+
+    Pair (j, j + D/2) of every head turns by position_ids[axis(j)] * inv_freq[j], where axis(j) is the section that holds j:
+    (a, b) -> s (a cos - b sin, b cos + a sin), s = attention_scaling.
+
+    Args:
+        q: [T, H, D] or [B, S, H, D], floating; any strides with a contiguous last dim.
+        k: [T, Hk, D] or [B, S, Hk, D], the dtype and device of q.
+        position_ids: [3, T] or [3, B, S], int32 or int64, on q's device: (t, h, w) ids.
+        theta: base of the frequencies theta^(-2i/D); ignored when inv_freq is given.
+        sections: pairs per axis; three numbers that sum to D/2.
+        inv_freq: [D/2] float32, radians per position (a model's own table, YaRN).
+        attention_scaling: factor on cos and sin (YaRN).
+        backend: None for the fastest that can run the tensors.
+    Returns: q and k rotated, new contiguous tensors of the same shape and dtype.
+    Raises: TypeError, ValueError for a dtype, device, shape or sections that don't fit; RuntimeError for an unusable backend.
+    Precision: angles, cos and sin in float32; the rotation in float32 (float64 for float64 input); one rounding at the end.
+    Source: MODEL.md section 4; arXiv:2409.12191 section 2.1. Definition: `reference.mrope`.
+    """
+    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
+    choose("mrope", backend, q.device)
+    return _mrope(q, k, position_ids, table, list(sections), attention_scaling, 1.0)
+
+
+def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
+    """`mrope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
+    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
+    choose("mrope_", backend, q.device)
+    _refuse_grad("mrope_", q, k)
+    _mrope_inplace(q, k, position_ids, table, list(sections), attention_scaling)
+
+
+def vision_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position_ids: torch.Tensor,
+    *,
+    theta: float = 1e4,
+    inv_freq: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two-axis rotary embedding of the vision tower's queries and keys.
+
+    Pair (j, j + D/2) turns by row * inv_freq[j] for j < D/4 and by column * inv_freq[j - D/4] for the rest.
+
+    Args:
+        q, k: [T, H, D] and [T, Hk, D], floating, any strides with a contiguous last dim; D a multiple of 4.
+        position_ids: [2, T], int32 or int64, on q's device: row and column in patches.
+        theta: base of the frequencies theta^(-2i/(D/2)); ignored when inv_freq is given.
+        inv_freq: [D/4] float32, radians per patch.
+        backend: None for the fastest that can run the tensors.
+    Returns: q and k rotated, new contiguous tensors of the same shape and dtype.
+    Raises: TypeError, ValueError for a dtype, device or shape that doesn't fit; RuntimeError for an unusable backend.
+    Precision: as `mrope`.
+    Source: MODEL.md section 2. Definition: `reference.vision_rope`.
+    """
+    table = _check_vision(q, k, position_ids, theta, inv_freq)
+    choose("vision_rope", backend, q.device)
+    return _vision_rope(q, k, position_ids, table, 1.0)
+
+
+def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
+    """`vision_rope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
+    table = _check_vision(q, k, position_ids, theta, inv_freq)
+    choose("vision_rope_", backend, q.device)
+    _refuse_grad("vision_rope_", q, k)
+    _vision_rope_inplace(q, k, position_ids, table)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor, ranks: tuple[int, ...], divisor: int) -> None:
+    checks.floating("q", q)
+    checks.same("k", k, "q", q)
+    if q.dim() not in ranks:
+        raise ValueError(f"q: expected rank {' or '.join(map(str, ranks))}, got shape {list(q.shape)}")
+    if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected q's shape {list(q.shape)} except for the number of heads, got {list(k.shape)}")
+    if q.shape[-1] == 0 or q.shape[-1] % divisor:
+        raise ValueError(f"q: expected a head dim that is a positive multiple of {divisor}, got {q.shape[-1]}")
+    for name, x in (("q", q), ("k", k)):
+        if x.stride(-1) != 1 and x.numel():
+            raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}; use .contiguous()")
+
+
+def _check_positions(position_ids: torch.Tensor, q: torch.Tensor, axes: int) -> None:
+    checks.integers("position_ids", position_ids)
+    checks.same_device("position_ids", position_ids, "q", q)
+    checks.shape("position_ids", position_ids, (axes, *q.shape[:-2]), f"[{axes}, {'T' if q.dim() == 3 else 'B, S'}]")
+
+
+def _check_table(inv_freq: torch.Tensor | None, size: int, dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    if inv_freq is None:
+        return inverse_frequencies(dim, theta).to(device)
+    if inv_freq.dtype != torch.float32:
+        raise TypeError(f"inv_freq: expected float32 (a rounded table is wrong from position 256 on), got {inv_freq.dtype}")
+    checks.shape("inv_freq", inv_freq, (size,), f"[{size}]")
+    return inv_freq.to(device)
+
+
+def _check_mrope(q, k, position_ids, theta, sections, inv_freq) -> torch.Tensor:
+    _check_heads(q, k, (3, 4), 2)
+    dim = q.shape[-1]
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) * 2 != dim:
+        raise ValueError(f"sections: expected three numbers that sum to D/2 = {dim // 2}, got {tuple(sections)}")
+    _check_positions(position_ids, q, 3)
+    return _check_table(inv_freq, dim // 2, dim, theta, q.device)
+
+
+def _check_vision(q, k, position_ids, theta, inv_freq) -> torch.Tensor:
+    _check_heads(q, k, (3,), 4)
+    _check_positions(position_ids, q, 2)
+    return _check_table(inv_freq, q.shape[-1] // 4, q.shape[-1] // 2, theta, q.device)
+
+
+def _refuse_grad(name: str, *tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(f"{name} works in place and has no gradient; use {name[:-1]}, or torch.no_grad()")
+
+
+def _rotate_into(out: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> None:
+    """out [..., T, H, D] = x rotated by sign * angles [..., T, D/2]; out may be x."""
+    if x.dim() == 4:
+        for i in range(x.shape[0]):
+            _rotate_into(out[i], x[i], angles[i], scaling, sign)
+        return
+    compute = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (f.mul_(scale).unsqueeze(1).to(compute) for f, scale in ((angles.cos(), scaling), (angles.sin(), scaling * sign)))
+    for block in checks.row_blocks(x):
+        a, b = x[block].to(compute).chunk(2, -1)
+        low, high = out[block].chunk(2, -1)
+        turned = torch.addcmul(a * cos[block], b, sin[block], value=-1)
+        high.copy_(torch.addcmul(b * cos[block], a, sin[block]))
+        low.copy_(turned)
+
+
+def _rotated(x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _rotate_into(out, x, angles, scaling, sign)
+    return out
+
+
+def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign):
+    angles = mrope_angles(position_ids, inv_freq, sections)
+    return _rotated(q, angles, scaling, sign), _rotated(k, angles, scaling, sign)
+
+
+def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling):
+    angles = mrope_angles(position_ids, inv_freq, sections)
+    for x in (q, k):
+        _rotate_into(x, x, angles, scaling, 1.0)
+
+
+def _vision_rope_impl(q, k, position_ids, inv_freq, sign):
+    angles = vision_rope_angles(position_ids, inv_freq)
+    return _rotated(q, angles, 1.0, sign), _rotated(k, angles, 1.0, sign)
+
+
+def _vision_rope_inplace_impl(q, k, position_ids, inv_freq):
+    angles = vision_rope_angles(position_ids, inv_freq)
+    for x in (q, k):
+        _rotate_into(x, x, angles, 1.0, 1.0)
+
+
+def _fake(q, k, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:4])
+    ctx.rest = inputs[4:]
+
+
+def _backward(op):
+    """The inverse rotation: the same op with the opposite sign."""
+
+    def backward(ctx, grad_q, grad_k):
+        *rest, sign = ctx.rest
+        grads = op()(grad_q, grad_k, *ctx.saved_tensors, *rest, -sign)
+        return *grads, *(None for _ in range(2 + len(ctx.rest)))
+
+    return backward
+
+
+_mrope = define(
+    "mrope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling, float sign)"
+    " -> (Tensor, Tensor)",
+    _mrope_impl,
+    _fake,
+    setup_context=_setup,
+    backward=_backward(lambda: _mrope),
+)
+_vision_rope = define(
+    "vision_rope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, float sign) -> (Tensor, Tensor)",
+    _vision_rope_impl,
+    _fake,
+    setup_context=_setup,
+    backward=_backward(lambda: _vision_rope),
+)
+_mrope_inplace = define(
+    "mrope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling) -> ()",
+    _mrope_inplace_impl,
+    lambda *_: None,
+)
+_vision_rope_inplace = define(
+    "vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq) -> ()",
+    _vision_rope_inplace_impl,
+    lambda *_: None,
+)

@@ -1,0 +1,214 @@
+"""Grids -> rotary positions and segment boundaries: whole-tensor arithmetic, no loop over tokens, no device sync.
+
+A grid row is (t, h, w): frame pairs, patch rows, patch columns. Patches are stored in merge order
+(t, h/m, w/m, m, m), so m*m consecutive rows make one visual token (MODEL.md sections 1, 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def vision_position_ids(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
+    """Row and column of every patch of a pack, in merge order.
+
+    Args:
+        grid_thw: [N, 3] integer, (t, h, w) in patches; h and w multiples of merge_size. Read on the host.
+        merge_size: side m of the square of patches that becomes one visual token.
+    Returns:
+        [2, T] int64 on grid_thw's device, T = sum t*h*w: (row, column). Every frame pair starts again at (0, 0).
+    Raises:
+        TypeError, ValueError: grid_thw is not an integer [N, 3], not positive, or h, w are no multiples of merge_size.
+    Source: MODEL.md sections 1, 2.
+    """
+    grid = check_grid(grid_thw, merge_size)
+    segment_h, segment_w = (side.repeat_interleave(grid[:, 0]) for side in (grid[:, 1], grid[:, 2]))
+    local, segment = _local_index(segment_h * segment_w)
+    merged_w = (segment_w // merge_size)[segment]
+    token, within = local // merge_size**2, local % merge_size**2
+    row = token // merged_w * merge_size + within // merge_size
+    column = token % merged_w * merge_size + within % merge_size
+    return torch.stack((row, column)).to(grid_thw.device)
+
+
+def vision_cu_seqlens(grid_thw: torch.Tensor) -> torch.Tensor:
+    """Boundaries of the attention segments of a pack: one segment of h*w patches per frame pair.
+
+    Args:
+        grid_thw: [N, 3] integer, (t, h, w) in patches. Read on the host.
+    Returns:
+        [1 + sum(t)] int32 on grid_thw's device: 0 and the running sums of h*w.
+    Raises:
+        TypeError, ValueError: grid_thw is not an integer [N, 3] of positive numbers, or the pack passes 2^31 - 1 patches.
+    Source: MODEL.md section 2.
+    """
+    grid = check_grid(grid_thw, 1)
+    ends = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0]).cumsum(0)
+    if ends.numel() and int(ends[-1]) > 2**31 - 1:
+        raise ValueError(f"grid_thw: {int(ends[-1])} patches in one pack do not fit int32 boundaries; use max_pack_patches")
+    return torch.cat((ends.new_zeros(1), ends)).to(device=grid_thw.device, dtype=torch.int32)
+
+
+def mrope_position_ids(
+    input_ids: torch.Tensor,
+    *,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    image_token_id: int = 151655,
+    video_token_id: int = 151656,
+    merge_size: int = 2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The three rotary ids (t, h, w) of every token.
+
+    A text token advances all three ids by one. A medium of t x h x w patches that starts at p gives its tokens
+    (p + frame, p + row, p + column) on the merged grid, and the next modality starts at the largest id so far plus one:
+    p + max(t, h/m, w/m). So the start of a token is the exclusive running sum of advances, where a medium's whole advance
+    sits on its last token: a cumsum instead of a loop.
+
+    Args:
+        input_ids: [B, S] integer. Media appear as runs of image_token_id / video_token_id, t*h*w/m^2 each, in grid order.
+        image_grid_thw, video_grid_thw: [N, 3] integer, the grids in the order of the flattened batch.
+        attention_mask: [B, S], nonzero = a real token; any pattern of padding. None = no padding.
+    Returns:
+        position_ids: [3, B, S] int64 on input_ids' device; padded positions hold 0 and mean nothing.
+        deltas: [B] int64, largest id + 1 - number of real tokens: a later token's ids are its index + delta.
+    Raises:
+        TypeError, ValueError: wrong rank or shape; for host tensors also placeholder counts that differ from the grids.
+        Values on a device are not read (no sync).
+    Source: MODEL.md section 4; arXiv:2409.12191 section 2.1.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected [B, S], got shape {list(input_ids.shape)}")
+    if attention_mask is None:
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+    elif attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+    else:
+        real = attention_mask != 0
+    advance = real.long()
+    local = input_ids.new_zeros((3, *input_ids.shape), dtype=torch.int64)
+    for name, grid, token_id in (
+        ("image", image_grid_thw, image_token_id),
+        ("video", video_grid_thw, video_token_id),
+    ):
+        visual = (input_ids == token_id) & real
+        if grid is None or grid.shape[0] == 0:
+            if visual.device.type == "cpu" and visual.any():
+                raise ValueError(f"input_ids: {int(visual.sum())} {name} placeholders ({token_id}) but no {name}_grid_thw")
+            continue
+        _check_grid_shape(grid)
+        if grid.device.type == "cpu":
+            check_grid(grid, merge_size)
+        merged = grid.to(device=input_ids.device, dtype=torch.int64, non_blocking=True)
+        merged = torch.stack((merged[:, 0], merged[:, 1] // merge_size, merged[:, 2] // merge_size))
+        ends = merged.prod(0).cumsum(0)
+        if visual.device.type == "cpu" and int(visual.sum()) != int(ends[-1]):
+            raise ValueError(
+                f"input_ids: {int(visual.sum())} {name} placeholders ({token_id}), but {name}_grid_thw asks for {int(ends[-1])}"
+            )
+        ordinal = visual.flatten().cumsum(0).view_as(input_ids) - 1  # among this modality's tokens of the whole batch
+        medium = torch.searchsorted(ends, ordinal, right=True).clamp_(max=ends.numel() - 1)
+        frames, rows, columns = merged[:, medium]
+        index = ordinal - (ends - merged.prod(0))[medium]
+        axes = torch.stack((index // (rows * columns), index // columns % rows, index % columns))
+        local = torch.where(visual, axes, local)
+        last = index == frames * rows * columns - 1
+        advance = torch.where(visual, last * torch.maximum(frames, torch.maximum(rows, columns)), advance)
+    total = advance.sum(1)
+    position_ids = (advance.cumsum(1) - advance + local).masked_fill_(~real, 0)
+    return position_ids, total - real.sum(1)
+
+
+@dataclass(frozen=True)
+class AttentionSchedule:
+    """What varlen attention needs to know of a pack, computed once and reused by every layer.
+
+    cu_seqlens: [N + 1] int32 on the device. lengths: the N segment lengths, on the host. max_seqlen: their maximum.
+    total: their sum T.
+    """
+
+    cu_seqlens: torch.Tensor
+    lengths: tuple[int, ...]
+    max_seqlen: int
+    total: int
+
+
+def attention_schedule(
+    cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str
+) -> AttentionSchedule:
+    """Builds the schedule of a pack on the host; one copy to the device, no sync if the input is on the host.
+
+    Args:
+        cu_seqlens_or_grid_thw: [N + 1] int32 boundaries, or an [N, 3] grid (then one segment a frame pair).
+        heads: query heads of the attention that will use it.
+        device: where the attention runs.
+    Raises:
+        TypeError, ValueError: boundaries that do not start at 0 or decrease; a bad grid; heads < 1.
+    """
+    if heads < 1:
+        raise ValueError(f"heads: expected a positive number, got {heads}")
+    if cu_seqlens_or_grid_thw.dim() == 2:
+        cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
+    cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
+    lengths = cu_seqlens.diff().tolist()
+    return AttentionSchedule(
+        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        lengths=tuple(lengths),
+        max_seqlen=max(lengths, default=0),
+        total=sum(lengths),
+    )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    """Returns cu_seqlens; checks shape and dtype always, and its values when it is on the host."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {cu_seqlens.dtype}; cast with .to(torch.int32)")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"{name}: expected [N + 1] boundaries, got shape {list(cu_seqlens.shape)}")
+    if cu_seqlens.device.type != "cpu":
+        return cu_seqlens
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{name}: expected to start at 0, got {int(cu_seqlens[0])}")
+    steps = cu_seqlens.diff()
+    if (steps < 0).any():
+        index = int((steps < 0).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected non-decreasing boundaries, got {int(cu_seqlens[index])} then {int(cu_seqlens[index + 1])} "
+            f"at index {index + 1}"
+        )
+    if total is not None and cu_seqlens[-1] != total:
+        raise ValueError(f"{name}: expected to end at the number of tokens {total}, got {int(cu_seqlens[-1])}")
+    return cu_seqlens
+
+
+def check_grid(grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """The grid as int64 on the host, checked."""
+    _check_grid_shape(grid_thw)
+    grid = grid_thw.to(device="cpu", dtype=torch.int64)
+    if (grid < 1).any():
+        index = int((grid < 1).any(1).nonzero()[0])
+        raise ValueError(f"grid_thw[{index}]: expected positive t, h, w, got {grid[index].tolist()}")
+    ragged = (grid[:, 1:] % merge_size != 0).any(1)
+    if ragged.any():
+        index = int(ragged.nonzero()[0])
+        raise ValueError(
+            f"grid_thw[{index}]: expected h and w to be multiples of the merge size {merge_size}, got {grid[index].tolist()}"
+        )
+    return grid
+
+
+def _check_grid_shape(grid_thw: torch.Tensor) -> None:
+    if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
+        raise TypeError(f"grid_thw: expected integers, got {grid_thw.dtype}")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(f"grid_thw: expected [N, 3] rows of (t, h, w), got shape {list(grid_thw.shape)}")
+
+
+def _local_index(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For segments of these lengths: the index of each element in its segment, and the segment of each element."""
+    segment = torch.arange(lengths.numel()).repeat_interleave(lengths)
+    start = lengths.cumsum(0) - lengths
+    return torch.arange(segment.numel()) - start[segment], segment
