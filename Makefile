@@ -1,0 +1,92 @@
+# Every target prepares what it needs: a virtual environment in .venv, pinned by constraints/, with the package installed
+# editable and its CUDA extension built if nvcc is found. It is prepared again only when its inputs change.
+#
+#   make demo                 the embedded model on the pictures of the repository; MODEL=path-or-repo-id: a released one
+#   make test                 lint aside, what a change must pass
+#   make test-full            besides: long builds and runs, the oldest transformers, video preprocessing's judge
+#   make lint                 ruff
+#   make bench                timings on this machine
+#   make gpu                  the tests that need a CUDA device, and the timings on it
+#   make wheel                dist/: sdist and wheel
+#   make clean                removes everything made here, the environments too
+#
+# PYTHON=python3.12           another Python (3.10 or newer)
+# PYTEST_ARGS='-k rope'       handed to pytest
+# SYSTEM=1                    installs nothing: PYTHON as it is, with the torch it has; only the extension is built. For a
+#                             machine whose Python has a CUDA torch (and pytest, hypothesis, setuptools, cmake, ninja and
+#                             pybind11): make gpu SYSTEM=1
+
+PYTHON = python3
+PYTEST_ARGS =
+MODEL =
+SYSTEM =
+
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt qwen2vl_fast/version.py \
+                $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+NOT_IN_TEST := not gpu and not full and not peer_video
+
+ifdef SYSTEM
+READY := build/system.stamp
+PY := PYTHONPATH=$(CURDIR) $(PYTHON)
+else
+READY := .venv/ready.stamp
+PY := .venv/bin/python
+endif
+
+.PHONY: demo test test-full lint bench gpu wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) -m qwen2vl_fast.cli demo $(if $(MODEL),--model '$(MODEL)')
+
+test: $(READY)
+	$(PY) -m pytest -m '$(NOT_IN_TEST)' --durations=15 $(PYTEST_ARGS)
+
+test-full: $(READY) .venv-oldest/ready.stamp .venv-video/ready.stamp
+	$(PY) -m pytest -m 'full and not gpu and not peer_video' $(PYTEST_ARGS)
+	.venv-video/bin/python -m pytest -m 'peer_video and not gpu' $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest -m '$(NOT_IN_TEST)' $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+bench: $(READY)
+	$(PY) -m qwen2vl_fast.cli bench
+
+gpu: $(READY)
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PY) -m qwen2vl_fast.cli bench
+
+wheel: $(READY)
+	$(PY) -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-oldest .venv-video .pytest_cache .ruff_cache .hypothesis qwen2vl_fast/_C.*.so
+	find qwen2vl_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and alone: pip then takes the CPU build that a machine may hold, and later requests find it satisfied.
+# Without build isolation nothing is fetched behind the pins.
+define prepare
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'qwen2vl_fast needs Python 3.10 or newer; choose one with PYTHON=...'; exit 1; }
+	@echo 'Setting up $(@D); this takes a minute or two, and once.'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -c $(1) torch
+	$(@D)/bin/python -m pip install -q -c $(1) setuptools cmake ninja pybind11
+	$(@D)/bin/python -m pip install -q -c $(1) --no-build-isolation -e '.[dev]' $(2)
+	@$(@D)/bin/python -c 'import qwen2vl_fast.doctor as doctor; print(doctor.extension())'
+	@touch $@
+endef
+
+.venv/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
+	$(call prepare,constraints/main.txt)
+
+.venv-oldest/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
+	$(call prepare,constraints/oldest.txt)
+
+.venv-video/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
+	$(call prepare,constraints/video.txt,torchvision)
+
+build/system.stamp: $(BUILD_INPUTS)
+	$(PYTHON) setup.py build_ext --inplace
+	@mkdir -p build && touch $@
