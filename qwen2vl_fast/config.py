@@ -169,6 +169,64 @@ class Config:
             )
         return config
 
+    def to_dicts(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json and generation_config.json in the released (flat) layout."""
+        text, vision, generation = self.text, self.vision, self.generation
+        eos = list(generation.eos_token_id)
+        rope = {key: value for key, value in text.rope.items() if key not in ("rope_type", "rope_theta")}
+        kind = text.rope.get("rope_type", "default")
+        config = {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "attention_dropout": 0.0,
+            "bos_token_id": self.raw.get("bos_token_id"),
+            "eos_token_id": eos[0] if eos else None,
+            "hidden_act": "silu",
+            "hidden_size": text.hidden_size,
+            "image_token_id": self.image_token_id,
+            "initializer_range": self.raw.get("initializer_range", 0.02),
+            "intermediate_size": text.intermediate_size,
+            "max_position_embeddings": text.max_position_embeddings,
+            "model_type": "qwen2_vl",
+            "num_attention_heads": text.num_attention_heads,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_key_value_heads": text.num_key_value_heads,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_scaling": {**rope, "type": "mrope" if kind == "default" else kind, "mrope_section": list(text.mrope_section)},
+            "rope_theta": text.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "use_cache": True,
+            "use_sliding_window": False,
+            "video_token_id": self.video_token_id,
+            "vision_config": {
+                "depth": vision.depth,
+                "embed_dim": vision.embed_dim,
+                "hidden_size": vision.hidden_size,
+                "in_channels": vision.in_channels,
+                "mlp_ratio": vision.mlp_ratio,
+                "model_type": "qwen2_vl_vision",
+                "num_heads": vision.num_heads,
+                "patch_size": vision.patch_size,
+                "spatial_merge_size": vision.spatial_merge_size,
+                "temporal_patch_size": vision.temporal_patch_size,
+            },
+            "vision_end_token_id": self.vision_end_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_token_id": self.vision_pad_token_id,
+            "vocab_size": text.vocab_size,
+        }
+        sampling = {
+            "bos_token_id": self.raw.get("bos_token_id"),
+            "do_sample": generation.do_sample,
+            "eos_token_id": eos,
+            "pad_token_id": generation.pad_token_id,
+            "repetition_penalty": generation.repetition_penalty,
+            "temperature": generation.temperature,
+            "top_k": generation.top_k,
+            "top_p": generation.top_p,
+        }
+        return config, {key: value for key, value in sampling.items() if value is not None}
+
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ OPS = (
 _WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": (), "cuda": ()}
 _PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS}
 
+_model_backend: ContextVar[str | None] = ContextVar("qwen2vl_fast_backend", default=None)
 _library = torch.library.Library("qwen2vl_fast", "DEF")
 _warned = False
 
@@ -78,9 +81,10 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
     that a CUDA tensor gets less than the backend made for it, a warning says which and why.
     """
     global _warned
+    if backend is None and op in _WRITTEN.get(_model_backend.get(), ()):
+        backend = _model_backend.get()
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        _known(backend)
         if reason := unusable(op, backend, device.type):
             raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
         return backend
@@ -95,6 +99,32 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
             stacklevel=3,
         )
     return name
+
+
+def _known(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError for an unknown name and RuntimeError for a backend that can run no op on this machine."""
+    if backend is None:
+        return
+    _known(backend)
+    reasons = [unusable(op, backend) for op in OPS]
+    if None not in reasons:
+        reason = next((r for op, r in zip(OPS, reasons, strict=True) if op in _WRITTEN[backend]), reasons[0])
+        raise RuntimeError(f"backend {backend!r} can't run any op here: {reason}")
+
+
+@contextmanager
+def using(backend: str | None) -> Iterator[None]:
+    """Inside, `backend` runs every op that it has; ops that it doesn't have choose as usual."""
+    token = _model_backend.set(backend)
+    try:
+        yield
+    finally:
+        _model_backend.reset(token)
 
 
 class BackendTable(dict):
