@@ -50,7 +50,9 @@ class KVCache:
         before, after = self.lengths, [old + new for old, new in zip(self.lengths, counts, strict=True)]
         self._reserve(max(after))
         device, slots = self.keys[0].device, self.slots
-        new_slots = [torch.arange(b * slots + old, b * slots + end) for b, (old, end) in enumerate(zip(before, after, strict=True))]
+        new_slots = [
+            torch.arange(b * slots + old, b * slots + end) for b, (old, end) in enumerate(zip(before, after, strict=True))
+        ]
         decode = all(count == 1 for count in counts)
         key_slots = bounds = None
         if any(before) and not decode:
@@ -86,4 +88,6 @@ class KVCache:
             return
         extra = max(needed, 2 * self.slots) - self.slots
         for buffers in (self.keys, self.values):
-            buffers[:] = [torch.cat((buffer, buffer.new_zeros(buffer.shape[0], extra, *buffer.shape[2:])), 1) for buffer in buffers]
+            buffers[:] = [
+                torch.cat((buffer, buffer.new_zeros(buffer.shape[0], extra, *buffer.shape[2:])), 1) for buffer in buffers
+            ]

@@ -116,10 +116,9 @@ def stream(
 ) -> Iterator[torch.Tensor]:
     """`generate` as an iterator: yields [B] int64 for each step, the pad id for a sequence that has ended."""
     defaults = model.config.generation
-    if max_new_tokens < 0 or num_return_sequences < 1:
-        raise ValueError(
-            f"max_new_tokens: expected at least 0, got {max_new_tokens}; num_return_sequences at least 1, got {num_return_sequences}"
-        )
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_return_sequences", num_return_sequences, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     if eos_token_id is None:
         ends = defaults.eos_token_id
     else:

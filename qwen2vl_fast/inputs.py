@@ -1,4 +1,4 @@
-"""A padded batch with its media -> packed tokens: what the model reads of its inputs, checked, with one copy from the device."""
+"""A padded batch with its media -> packed tokens, checked on the host after one copy from the device."""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ class Qwen2VL(nn.Module):
         self._processor = None
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config.text)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        )
         std = config.raw.get("initializer_range", 0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)):
@@ -99,9 +101,7 @@ class Qwen2VL(nn.Module):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with torch.device("meta"):
             model = cls(config, backend=backend, max_pack_patches=max_pack_patches)
-        weights.load_parameters(
-            model, directory, tied=config.tie_word_embeddings, device=device, dtype=dtype or config.dtype
-        )
+        weights.load_parameters(model, directory, tied=config.tie_word_embeddings, device=device, dtype=dtype or config.dtype)
         model.source = directory
         return model.eval()
 

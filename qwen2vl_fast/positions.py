@@ -136,9 +136,7 @@ class AttentionSchedule:
     total: int
 
 
-def attention_schedule(
-    cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str
-) -> AttentionSchedule:
+def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str) -> AttentionSchedule:
     """Builds the schedule of a pack on the host; one copy to the device, no sync if the input is on the host.
 
     Args:

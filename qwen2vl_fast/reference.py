@@ -100,7 +100,7 @@ def merge_patches(x, weight, bias, *, eps=1e-6, grid_thw=None):
 
 
 def varlen_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, scale=None, causal=False, return_lse=False):
-    """softmax(scale * q k^T) v inside each segment; causal is aligned bottom-right. A row without keys gives o = 0, lse = -inf."""
+    """softmax(scale q k^T) v inside each segment; causal is aligned bottom-right. A row without keys: o = 0, lse = -inf."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]

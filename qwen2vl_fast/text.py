@@ -20,7 +20,7 @@ from .positions import AttentionSchedule
 
 @dataclass(frozen=True)
 class TextPack:
-    """What every layer needs to know of a forward. position_ids: [3, T]. inv_freq: [D/2] float32. schedule: of the B sequences."""
+    """What every layer needs to know of a forward. position_ids: [3, T]. inv_freq: [D/2] float32. schedule: B sequences."""
 
     position_ids: torch.Tensor
     inv_freq: torch.Tensor

@@ -54,7 +54,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [single]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickled:
-        raise ValueError(f"{directory}: only pickled weights ({pickled[0]}) found; only safetensors are read, since a pickle runs code")
+        raise ValueError(
+            f"{directory}: only pickled weights ({pickled[0]}) found; only safetensors are read, since a pickle runs code"
+        )
     raise FileNotFoundError(f"{directory}: expected model.safetensors or model.safetensors.index.json")
 
 

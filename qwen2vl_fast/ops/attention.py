@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from itertools import pairwise
@@ -104,11 +105,7 @@ def _has_varlen(q: torch.Tensor) -> bool:
     """Whether torch's own variable-length flash attention takes this tensor."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def _torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, deterministic):
@@ -122,9 +119,7 @@ def _torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, 
         mask["enable_gqa"] = True
     elif group > 1:
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return varlen_attn(
-        q, k, v, bounds, bounds_k, longest, longest_k, return_aux=AuxRequest(lse=True), scale=scale, **mask
-    )
+    return varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k, return_aux=AuxRequest(lse=True), scale=scale, **mask)
 
 
 def _flash_attn(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, deterministic):
@@ -192,9 +187,9 @@ def _attention_impl(q, k, v, bounds, bounds_k, scale, causal):
     for start, start_k, count, length, length_k, mask in _plan(q, k, bounds, bounds_k, causal):
         queries = _heads_first(q, start, count, length)
         keys, values = (_heads_first(x, start_k, count, length_k, group) for x in (k, v))
-        o, l = _FORWARD[q.device.type == "cpu"](queries, keys, values, mask, scale)
+        o, row_lse = _FORWARD[q.device.type == "cpu"](queries, keys, values, mask, scale)
         _heads_first(out, start, count, length).copy_(o)
-        lse[:, start : start + count * length] = l.transpose(0, 1).flatten(1)
+        lse[:, start : start + count * length] = row_lse.transpose(0, 1).flatten(1)
     return out, lse
 
 
@@ -204,8 +199,8 @@ def _attention_backward_impl(grad, q, k, v, out, lse, bounds, bounds_k, scale, c
     for start, start_k, count, length, length_k, mask in _plan(q, k, bounds, bounds_k, causal):
         queries, o, upstream = (_heads_first(x, start, count, length) for x in (q, out, grad))
         keys, values = (_heads_first(x, start_k, count, length_k, group) for x in (k, v))
-        l = lse[:, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
-        parts = _BACKWARD[q.device.type == "cpu"](upstream, queries, keys, values, o, l, mask, scale)
+        row_lse = lse[:, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+        parts = _BACKWARD[q.device.type == "cpu"](upstream, queries, keys, values, o, row_lse, mask, scale)
         _heads_first(grads[0], start, count, length).copy_(parts[0])
         for total, part in zip(grads[1:], parts[1:], strict=True):
             _heads_first(total, start_k, count, length_k).copy_(part.unflatten(1, (-1, group)).sum(2))
@@ -218,9 +213,7 @@ def _split_mask(mask):
 
 def _cpu_forward(q, k, v, mask, scale):
     attn_mask, causal = _split_mask(mask)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=attn_mask, scale=scale
-    )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=attn_mask, scale=scale)
 
 
 def _cpu_backward(grad, q, k, v, out, lse, mask, scale):

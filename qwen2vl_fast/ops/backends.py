@@ -38,9 +38,7 @@ def define(
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qwen2vl_fast::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"qwen2vl_fast::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"qwen2vl_fast::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.qwen2vl_fast, name).default
 
 

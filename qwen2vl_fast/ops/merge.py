@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..positions import check_grid
 from ..reference import raster_to_merge_order
 from . import checks

@@ -147,7 +147,9 @@ def _rotate_into(out: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, scali
             _rotate_into(out[i], x[i], angles[i], scaling, sign)
         return
     compute = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (f.mul_(scale).unsqueeze(1).to(compute) for f, scale in ((angles.cos(), scaling), (angles.sin(), scaling * sign)))
+    cos, sin = (
+        f.mul_(scale).unsqueeze(1).to(compute) for f, scale in ((angles.cos(), scaling), (angles.sin(), scaling * sign))
+    )
     for block in checks.row_blocks(x):
         a, b = x[block].to(compute).chunk(2, -1)
         low, high = out[block].chunk(2, -1)
