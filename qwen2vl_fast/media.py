@@ -87,7 +87,7 @@ def smart_resize(
             one side over 200 times the other.
     Source: MODEL.md section 1.
     """
-    height, width, factor = _positive("height", height), _positive("width", width), _positive("factor", factor)
+    height, width, factor = positive("height", height), positive("width", width), positive("factor", factor)
     min_pixels, max_pixels = check_bounds(min_pixels, max_pixels, factor=factor)
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"height, width: aspect ratio over 200 ({height} x {width}); crop or pad the image")
@@ -140,7 +140,8 @@ def preprocess_images(
 
     Args:
         images: list or tuple of what load_image takes.
-        min_pixels, max_pixels: bounds for smart_resize, one for all or a list with one for each; None is the default.
+        min_pixels, max_pixels: bounds for smart_resize, one for all or a list with one for each. None is the default,
+            or less (more) where that would cross the other bound.
         limits: bytes, pixels, images and visual tokens, checked before decoding.
     Returns:
         pixel_values: [T, 1176] float32, T = sum t*h*w. A row is (channel 3, frame 2, y 14, x 14), the two frames of an
@@ -155,23 +156,22 @@ def preprocess_images(
         raise TypeError(f"images: expected a list or tuple, got {type(images).__name__}; put a single image in a list")
     if len(images) > limits.items:
         raise ValueError(f"images: {len(images)} images, the limit is {limits.items} (limits.items)")
-    low = per_item("min_pixels", min_pixels, len(images), MIN_PIXELS)
-    high = per_item("max_pixels", max_pixels, len(images), MAX_PIXELS)
-    named = [(f"images[{i}]", *rest) for i, rest in enumerate(zip(images, low, high, strict=True))]
+    bounds = bounds_per_item(min_pixels, max_pixels, len(images), (MIN_PIXELS, MAX_PIXELS))
+    named = [(f"images[{i}]", image, *bounds[i]) for i, image in enumerate(images)]
 
     # A first round over the headers alone, none of which is kept: a thousand open files are too many.
     tokens = 0
-    for name, image, lo, hi in named:
+    for name, image, low, high in named:
         header = _open(image, limits, name)
         # EXIF may still swap the sides; the number of tokens is the same either way.
-        rows, columns = resized(header.height, header.width, lo, hi, name)
+        rows, columns = resized(header.height, header.width, low, high, name)
         tokens += rows * columns // TOKEN_PIXELS
     check_tokens("images", tokens, limits.tokens)
 
     frames = []
-    for name, image, lo, hi in named:
+    for name, image, low, high in named:
         loaded = load_image(image, limits=limits, name=name)
-        frames.append(resize_frame(loaded, resized(loaded.height, loaded.width, lo, hi, name))[None])
+        frames.append(resize_frame(loaded, resized(loaded.height, loaded.width, low, high, name))[None])
     return pack_rows(frames)
 
 
@@ -239,25 +239,39 @@ def resize_frame(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def resized(height: int, width: int, min_pixels: int, max_pixels: int, name: str) -> tuple[int, int]:
-    """smart_resize whose errors say which image it was."""
+    """smart_resize whose error says which image it was."""
     try:
         return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def per_item(name: str, value: Any, count: int, default: Any) -> list[Any]:
-    """One value for all, or a list with one for each of `count` items, to a list; None becomes `default`."""
+def per_item(name: str, value: Any, count: int) -> list[Any]:
+    """One value for all, or a list with one for each of `count` items, to a list."""
     if not isinstance(value, (list, tuple)):
-        value = [value] * count
+        return [value] * count
     if len(value) != count:
         raise ValueError(f"{name}: expected one value, or a list of {count}, one for each item, got {len(value)}")
-    return [default if item is None else item for item in value]
+    return list(value)
+
+
+def bounds_per_item(min_pixels: Any, max_pixels: Any, count: int, default: tuple[int, int]) -> list[tuple[int, int]]:
+    """The two bounds of every item. A bound that is None is its default, or gives way to the other where they cross."""
+    bounds = []
+    for low, high in zip(
+        per_item("min_pixels", min_pixels, count), per_item("max_pixels", max_pixels, count), strict=True
+    ):
+        low = low if low is None else positive("min_pixels", low)
+        high = high if high is None else positive("max_pixels", high)
+        if low is None:
+            low = default[0] if high is None else min(default[0], high)
+        bounds.append(check_bounds(low, max(default[1], low) if high is None else high))
+    return bounds
 
 
 def check_bounds(min_pixels: int, max_pixels: int, *, factor: int = FACTOR) -> tuple[int, int]:
     """The bounds of an area as integers, in order, with room for one square of factor x factor."""
-    min_pixels, max_pixels = _positive("min_pixels", min_pixels), _positive("max_pixels", max_pixels)
+    min_pixels, max_pixels = positive("min_pixels", min_pixels), positive("max_pixels", max_pixels)
     if max_pixels < factor * factor:
         raise ValueError(f"max_pixels: expected {factor * factor} or more, one visual token, got {max_pixels}")
     if min_pixels > max_pixels:
@@ -384,7 +398,8 @@ def _grey16(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any) -> int:
+    """An option that is an integer of 1 or more; numpy's integers count, bool does not."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
