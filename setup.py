@@ -55,17 +55,18 @@ class CMakeBuild(build_ext):
         except ImportError:
             raise SystemExit("building the CUDA extension needs pybind11: pip install pybind11") from None
 
+        nvcc = find_nvcc()
         target = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_CUDA_COMPILER": NVCC,
+            "CMAKE_CUDA_COMPILER": nvcc,
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         # The PyPI packages keep libraries in lib, where their nvcc looks in lib64.
-        libraries = NVCC.parent.parent / "lib"
+        libraries = nvcc.parent.parent / "lib"
         if (libraries / "libcudart_static.a").exists():
             options["CMAKE_CUDA_FLAGS"] = f"-L{libraries}"
         cmake = find_tool("cmake")
@@ -75,25 +76,32 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", build_dir], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"building the CUDA extension with {NVCC} failed: {error}. "
-                "QWEN2VL_FAST_NVCC=/path/to/nvcc chooses another, QWEN2VL_FAST_NVCC=none installs without the extension."
+                f"building the CUDA extension with {nvcc} failed: {error}. QWEN2VL_FAST_NVCC=/path/to/nvcc "
+                "chooses another, QWEN2VL_FAST_NVCC=none installs without the extension."
             ) from error
         (built,) = build_dir.glob("_C.*.so")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built, target)
+        # Moved into place, since a running process may have the old file mapped.
+        partial = target.with_suffix(".partial")
+        shutil.copyfile(built, partial)
+        partial.replace(target)
 
 
-NVCC = find_nvcc()
-if NVCC is None:
-    print(
-        "qwen2vl_fast: no nvcc (or QWEN2VL_FAST_NVCC=none): installing without the CUDA extension. "
-        "`qwen2vl-fast doctor` tells what that leaves unusable.",
-        file=sys.stderr,
+def main() -> None:
+    has_nvcc = find_nvcc() is not None
+    if not has_nvcc:
+        print(
+            "qwen2vl_fast: no nvcc (or QWEN2VL_FAST_NVCC=none): installing without the CUDA extension. "
+            "`qwen2vl-fast doctor` tells what that leaves unusable.",
+            file=sys.stderr,
+        )
+    setup(
+        # kernels/ is reached through a symlink and has no __init__.py: nothing is installed as top-level `kernels`.
+        packages=[*find_packages(include=["qwen2vl_fast", "qwen2vl_fast.*"]), "qwen2vl_fast.kernels"],
+        ext_modules=[Extension("qwen2vl_fast._C", sources=[])] if has_nvcc else [],
+        cmdclass={"build_ext": CMakeBuild},
     )
 
-setup(
-    # kernels/ is reached through a symlink and has no __init__.py, so that nothing is installed as top-level `kernels`.
-    packages=[*find_packages(include=["qwen2vl_fast", "qwen2vl_fast.*"]), "qwen2vl_fast.kernels"],
-    ext_modules=[Extension("qwen2vl_fast._C", sources=[])] if NVCC else [],
-    cmdclass={"build_ext": CMakeBuild},
-)
+
+if __name__ == "__main__":
+    main()
