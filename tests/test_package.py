@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": "", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -243,7 +243,8 @@ print(json.dumps([extension.__file__, extension.build_info(), found]))
 def cuobjdump() -> Path:
     """NVIDIA's program from the PyPI package of that name, which is among the `dev` extra."""
     nvidia = importlib.util.find_spec("nvidia")
-    found = [path for root in (nvidia.submodule_search_locations if nvidia else []) for path in Path(root).glob("*/bin/cuobjdump")]
+    roots = nvidia.submodule_search_locations if nvidia else []
+    found = [path for root in roots for path in Path(root).glob("*/bin/cuobjdump")]
     assert found, "the tests of the extension need cuobjdump: pip install nvidia-cuda-cuobjdump"
     return found[0]
 
