@@ -161,12 +161,12 @@ def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, devi
 
 
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int | None = None) -> torch.Tensor:
-    """Returns cu_seqlens; checks shape and dtype always, and its values when it is on the host."""
+    """Returns cu_seqlens; checks shape and dtype always, its values on the host and outside torch.compile."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {cu_seqlens.dtype}; cast with .to(torch.int32)")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: expected [N + 1] boundaries, got shape {list(cu_seqlens.shape)}")
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return cu_seqlens
     if cu_seqlens[0] != 0:
         raise ValueError(f"{name}: expected to start at 0, got {int(cu_seqlens[0])}")

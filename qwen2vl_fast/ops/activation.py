@@ -95,7 +95,7 @@ def _pointwise_backward(slope):
         compute = torch.promote_types(x.dtype, torch.float32)
         z = x.to(compute) if bias is None else x.to(compute) + bias
         grad_z = grad.to(compute) * slope(z)
-        return grad_z.to(x.dtype), None if bias is None else grad_z.view(-1, x.shape[-1]).sum(0).to(bias.dtype)
+        return grad_z.to(x.dtype), None if bias is None else grad_z.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
 
     return backward
 

@@ -62,7 +62,7 @@ def varlen_attention(
     name = choose("varlen_attention", backend, q.device)
     if name == "torch" and not _has_varlen(q):
         o, lse = _attention(q, k, v, cu_seqlens, bounds_k, scale, causal)
-        return (o, lse.detach()) if return_lse else o
+        return (o, lse.detach().float()) if return_lse else o
     if schedule is not None:
         max_seqlen = schedule.max_seqlen
     max_seqlen = _longest(cu_seqlens) if max_seqlen is None else max_seqlen

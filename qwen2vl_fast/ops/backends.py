@@ -72,6 +72,7 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # decided while tracing: a ContextVar and find_spec are beyond dynamo
 def choose(op: str, backend: str | None, device: torch.device) -> str:
     """The backend that will run `op`: the one asked for, or the fastest that can.
 

@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, ba
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
     checks.shape("labels", labels, (hidden.shape[0],), "[T]")
     checks.same_device("labels", labels, "hidden", hidden)
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
         if bad.any():
             index = int(bad.nonzero()[0])
