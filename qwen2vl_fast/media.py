@@ -258,9 +258,7 @@ def per_item(name: str, value: Any, count: int) -> list[Any]:
 def bounds_per_item(min_pixels: Any, max_pixels: Any, count: int, default: tuple[int, int]) -> list[tuple[int, int]]:
     """The two bounds of every item. A bound that is None is its default, or gives way to the other where they cross."""
     bounds = []
-    for low, high in zip(
-        per_item("min_pixels", min_pixels, count), per_item("max_pixels", max_pixels, count), strict=True
-    ):
+    for low, high in zip(per_item("min_pixels", min_pixels, count), per_item("max_pixels", max_pixels, count), strict=True):
         low = low if low is None else positive("min_pixels", low)
         high = high if high is None else positive("max_pixels", high)
         if low is None:

@@ -199,9 +199,7 @@ def _load(video: Any, options: _Options, limits: VideoLimits, name: str) -> torc
         if video.ndim != 4:
             raise ValueError(f"{name}: expected frames [N,H,W,3], got {tuple(video.shape)}")
     elif not isinstance(video, (list, tuple)):
-        raise TypeError(
-            f"{name}: expected a path, a list of frames or a uint8 array [N,H,W,3], got {type(video).__name__}"
-        )
+        raise TypeError(f"{name}: expected a path, a list of frames or a uint8 array [N,H,W,3], got {type(video).__name__}")
     if options.nframes is not None:
         raise ValueError(f"{name}: nframes is for files; frames that are given are all taken")
     if not 1 <= len(video) <= limits.frames:
