@@ -14,7 +14,7 @@ from .ops.backends import using
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The steps run in this order, as in transformers: penalty, suppression, temperature, top-k, top-p."""
+    """How the next token is drawn, in transformers' order: penalty, suppression, temperature, top-k, top-p."""
 
     do_sample: bool
     temperature: float
@@ -66,7 +66,7 @@ def generate(model: Any, input_ids: torch.Tensor | None = None, *, streamer: Any
         num_return_sequences: continuations of each prompt, which is read once.
         suppress_vision_tokens: never emit the ids that only media parts may carry.
         max_new_tokens: required.
-        do_sample, temperature, top_k, top_p, repetition_penalty: None = the checkpoint's generation_config.json. top_k 0 is off.
+        do_sample, temperature, top_k, top_p, repetition_penalty: None = generation_config.json. top_k 0 is off.
         eos_token_id: an id or a list; None = the checkpoint's, [] = never stop.
         seed: of the sampling; None = torch's global generator.
         streamer: an object with put(tokens [B]) and end(), called for each step.
