@@ -22,7 +22,7 @@ LAYERS = (
     ("vision", "text", "generate", "chat"),
     ("model",),
     ("__init__",),
-    ("patch", "training", "doctor"),
+    ("patch", "training", "doctor", "demo"),
     ("cli", "assets"),
 )
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
