@@ -62,7 +62,8 @@ def generate(model: Any, input_ids: torch.Tensor | None = None, *, streamer: Any
         model: a Qwen2VL.
         input_ids, attention_mask, pixel_values, ... : as `Qwen2VL.forward`. Any pattern of padding; a cache and every position
             belong to their sequence, so a batch gives what its members give alone.
-        cache: a KVCache that already holds the beginning of every sequence; input_ids are then what follows it.
+        cache: a KVCache, empty or with the beginning of every sequence; input_ids are what follows it. Afterwards it holds all
+            but the last token of each answer (its end token, or the last of max_new_tokens), with which the next input begins.
         num_return_sequences: continuations of each prompt, which is read once.
         suppress_vision_tokens: never emit the ids that only media parts may carry.
         max_new_tokens: required.
@@ -175,17 +176,23 @@ def _steps(
             seen = _seen(input_ids, packed, logits).repeat_interleave(times, 0)
         done = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
         stops = torch.tensor(ends, dtype=torch.int64, device=logits.device)
-    for step in range(max_new_tokens):
-        with torch.no_grad(), using(model.backend):
-            if step:
-                logits = _decode(model, cache, tokens)  # noqa: F821 -- set by the step before
-            tokens = sampling.next(logits, seen).masked_fill(done, pad)
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
-            done = done | torch.isin(tokens, stops)
-        yield tokens
-        if ends and bool(done.all()):
-            return
+    before = list(cache.lengths)
+    fed = torch.zeros_like(done, dtype=torch.int64)
+    try:
+        for step in range(max_new_tokens):
+            with torch.no_grad(), using(model.backend):
+                if step:
+                    fed += ~done
+                    logits = _decode(model, cache, tokens)  # noqa: F821 -- set by the step before
+                tokens = sampling.next(logits, seen).masked_fill(done, pad)
+                if seen is not None:
+                    seen.scatter_(1, tokens[:, None], True)
+                done = done | torch.isin(tokens, stops)
+            yield tokens
+            if ends and bool(done.all()):
+                return
+    finally:  # what was fed to a sequence after its end is not part of it
+        cache.lengths = [length + count for length, count in zip(before, fed.tolist(), strict=True)]
 
 
 def _seen(input_ids: torch.Tensor | None, packed: Any, logits: torch.Tensor) -> torch.Tensor:
