@@ -158,7 +158,8 @@ def refuse(*args, **kwargs):
 
 for name in ("_lazy_init", "init", "is_available", "device_count", "current_device", "get_device_properties"):
     setattr(torch.cuda, name, refuse)
-torch._C._cuda_getDeviceCount = refuse
+if hasattr(torch._C, '_cuda_getDeviceCount'):  # torch takes its presence for a CUDA build
+    torch._C._cuda_getDeviceCount = refuse
 before = set(sys.modules)
 import qwen2vl_fast
 optional = {"transformers", "av", "matplotlib", "huggingface_hub", "flash_attn", "qwen2vl_fast._C"}
