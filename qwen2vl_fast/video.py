@@ -302,14 +302,21 @@ def _import_av() -> Any:
     return av
 
 
-def _open(av: Any, file: BinaryIO) -> Any:
+def _open(av: Any, file: BinaryIO, limits: VideoLimits) -> Any:
     file.seek(0)
-    return av.open(file, metadata_errors="replace", container_options={"format_whitelist": CONTAINERS})
+    # Opening may decode a frame to learn about the stream, and the size in a header is no promise: decoders hold the
+    # limit themselves, with room for their padding, since they count a row as a multiple of up to 64 pixels.
+    options = {"format_whitelist": CONTAINERS, "max_pixels": str(2 * limits.pixels + 200_000)}
+    container = av.open(file, metadata_errors="replace", options=options)
+    for stream in container.streams.video[:1]:
+        if stream.codec_context is not None:
+            stream.codec_context.options = {"max_pixels": options["max_pixels"]}
+    return container
 
 
 def _count_frames(av: Any, file: BinaryIO, limits: VideoLimits, name: str) -> tuple[int, Fraction | None]:
     """Frames and frame rate of a clip, and all its limits, from headers and packets; nothing is decoded."""
-    with _open(av, file) as container:
+    with _open(av, file, limits) as container:
         if not container.streams.video or container.streams.video[0].codec_context is None:
             raise ValueError(f"{name}: no video stream that can be decoded")
         stream = container.streams.video[0]
@@ -352,13 +359,12 @@ def _collect(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     stack, decoded = _Stack(len(wanted), options, name), 0
-    with _open(av, file) as container:
+    with _open(av, file, limits) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        # The size in the container's header is no promise: the decoder has to hold the limit too.
-        stream.codec_context.options = {"max_pixels": str(limits.pixels)}
         for decoded, frame in enumerate(container.decode(stream), start=1):
             if decoded - 1 == wanted[stack.taken]:
+                check_pixels(frame.height, frame.width, limits.pixels, name)
                 stack.add(Image.fromarray(_upright(frame)))
                 if stack.taken == stack.count:
                     break

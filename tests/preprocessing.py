@@ -14,11 +14,11 @@ from PIL import Image
 
 try:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageJudge
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as judge_smart_resize
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as _smart_resize
 except ImportError:
     # Before transformers 5 the only processor was the one on PIL.
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as ImageJudge
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as judge_smart_resize
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as _smart_resize
 
 # transformers 4 refuses sides below 28, floors a side to 0, and takes an image 3 pixels high for one with channels first.
 JUDGE_TAKES_ALL_SIZES = int(transformers.__version__.split(".")[0]) >= 5
@@ -26,7 +26,10 @@ JUDGE_TAKES_ALL_SIZES = int(transformers.__version__.split(".")[0]) >= 5
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-__all__ = ["JUDGE_TAKES_ALL_SIZES", "judge_smart_resize"]
+
+def judged_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """transformers' smart_resize."""
+    return _smart_resize(height, width, 28, min_pixels, max_pixels)
 
 
 def judged_rows(images: list[Image.Image], bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

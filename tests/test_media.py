@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import zlib
@@ -26,8 +27,8 @@ from qwen2vl_fast.media import (
 from tests.preprocessing import (
     JUDGE_TAKES_ALL_SIZES,
     encoded,
-    judge_smart_resize,
     judged_rows,
+    judged_size,
     noise,
     slow_rows,
 )
@@ -56,7 +57,7 @@ def test_smart_resize_equals_transformers_for_any_bounds(height, width, low, abo
         with pytest.raises(ValueError, match="ratio over 200"):
             smart_resize(height, width)
         return
-    expected = judge_smart_resize(height, width, 28, low, low + above)
+    expected = judged_size(height, width, low, low + above)
     if JUDGE_TAKES_ALL_SIZES or 0 not in expected:
         assert smart_resize(height, width, min_pixels=low, max_pixels=low + above) == expected
 
@@ -246,7 +247,7 @@ def test_the_channels_of_a_tensor():
 
 def test_a_jpeg_is_decoded_as_pil_does():
     data = encoded(picture(90, 70), "JPEG")
-    decoded = Image.open(media.io.BytesIO(data)).convert("RGB")
+    decoded = Image.open(io.BytesIO(data)).convert("RGB")
     assert torch.equal(preprocess_images([data])[0], preprocess_images([decoded])[0])
 
 
