@@ -54,6 +54,8 @@ bench: $(READY)
 	$(PY) -m qwen2vl_fast.cli bench
 
 gpu: $(READY)
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo 'make gpu needs a CUDA device and a torch that was built for it:'; $(PY) -m qwen2vl_fast.doctor; exit 1; }
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 	$(PY) -m qwen2vl_fast.cli bench
 
