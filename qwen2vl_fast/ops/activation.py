@@ -70,6 +70,11 @@ def _quick_gelu_slope(z):
     return s * (1 + 1.702 * z * (1 - s))
 
 
+def _gelu_rows(z):
+    """Not torch's gelu: its vectorised erf has twice the error in float32."""
+    return torch.erf(z * math.sqrt(0.5)).add_(1).mul_(z).mul_(0.5)
+
+
 def _gelu_slope(z):
     return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
 
@@ -117,7 +122,7 @@ _quick_gelu = define(
 )
 _gelu = define(
     "gelu(Tensor x, Tensor? bias) -> Tensor",
-    _pointwise(torch.nn.functional.gelu),
+    _pointwise(_gelu_rows),
     _fake,
     setup_context=_save,
     backward=_pointwise_backward(_gelu_slope),

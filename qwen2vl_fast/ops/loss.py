@@ -53,7 +53,9 @@ def _chunks(hidden, weight):
 
 
 def _logits(hidden, weight):
-    return (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    """Less each row's maximum: otherwise a log-sum-exp of 30 would be rounded to 2e-6 in float32."""
+    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits.sub_(logits.amax(-1, keepdim=True))
 
 
 def _loss_impl(hidden, weight, labels, ignore_index):
