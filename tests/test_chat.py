@@ -17,7 +17,9 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from qwen2vl_fast.chat import Processor, chat
+from qwen2vl_fast.config import Config
 from qwen2vl_fast.media import preprocess_images
+from qwen2vl_fast.model import Qwen2VL
 from qwen2vl_fast.template import DEFAULT_TEMPLATE
 from qwen2vl_fast.tokenizer import TextStream, Tokenizer
 from qwen2vl_fast.video import preprocess_videos
@@ -340,6 +342,26 @@ def test_chat_with_a_batch_and_with_several_answers(processor):
     model = FakeModel(processor, rows)
     assert chat(model, processor, [[user("x")], [user("y")]]) == ["a", "b"]
     assert chat(FakeModel(processor, rows[:1]), processor, [[user("x")]]) == ["a"]
+
+
+def test_the_model_chats_alike_alone_in_a_batch_and_streaming():
+    """With nano's shape and random weights in float64: what is said depends on nothing but the conversation."""
+    torch.manual_seed(0)
+    model = Qwen2VL(Config.from_pretrained(NANO)).double()
+    model.source = NANO
+    conversations = [
+        [user("Hello")],
+        [user(image(56, 84, 1), text("What is this?")), {"role": "assistant", "content": "a"}, user(image(84, 84, 2))],
+        [user(clip(4, 56, 56, min_pixels=3136, max_pixels=3136), image(56, 56, 3), text("And this?"))],
+    ]
+    options = {"max_new_tokens": 12, "eos_token_id": []}
+    answers = model.chat(conversations, **options)
+    assert len(set(answers)) > 1
+    for conversation, answer in zip(conversations, answers, strict=True):
+        assert model.chat(conversation, **options) == answer
+        assert "".join(model.chat(conversation, stream=True, **options)) == answer
+    several = model.chat(conversations[1], num_return_sequences=3, do_sample=True, seed=1, **options)
+    assert len(several) == 3 and len(set(several)) > 1
 
 
 def test_special_ids_are_those_of_the_files(folder, processor):
