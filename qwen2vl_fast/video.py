@@ -245,10 +245,9 @@ def _frame_size(height: int, width: int, pairs: int, options: _Options, name: st
     if share == 0:
         raise ValueError(f"{name}: {pairs} frame pairs can't fit max_tokens = {options.max_tokens}; pass fewer frames")
     budget = share * TOKEN_PIXELS
-    high = min(options.max_pixels, budget)
-    rows, columns = resized(height, width, min(options.min_pixels, high), high, name)
+    rows, columns = resized(height, width, options.min_pixels, options.max_pixels, name)
     if rows * columns > budget:
-        # smart_resize rounds up to reach min_pixels, and keeps a short side at 28. Here the bound is strict.
+        # As smart_resize shrinks, but strict: where a short side stays at 28, the long one gives way.
         shrink = math.sqrt(height * width / budget)
         rows, columns = (
             min(share * FACTOR, max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR)) for side in (height, width)
@@ -325,13 +324,15 @@ def _count_frames(av: Any, file: BinaryIO, limits: VideoLimits, name: str) -> tu
         _check_seconds((container.duration or 0) / av.time_base, limits, name)
         if stream.duration and stream.time_base:
             _check_seconds(stream.duration * stream.time_base, limits, name)
-        total = 0
+        total, cut = 0, False
         for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ValueError(f"{name}: the file is truncated or damaged after {total} frames")
             # The packet that ends a stream has no data; those that an edit list cuts away are marked.
-            total += packet.size > 0 and not packet.is_discard
-            _check_length(total, limits, name)
+            if packet.size > 0 and not packet.is_discard:
+                total, cut = total + 1, packet.is_corrupt
+                _check_length(total, limits, name)
+        # Elsewhere the mark is a gap, as where two broadcasts were joined, and the decoder knows what to do.
+        if cut:
+            raise ValueError(f"{name}: the file is truncated or damaged after {total - 1} frames")
         rate = stream.average_rate or stream.guessed_rate
     if total == 0:
         raise ValueError(f"{name}: the file has no frames")

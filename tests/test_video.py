@@ -6,6 +6,7 @@ import io
 import math
 import os
 import random
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -578,14 +579,43 @@ def test_an_endless_animation_is_refused(tmp_path, no_decoding):
         preprocess_videos([path], limits=VideoLimits(frames=200))
 
 
-def test_a_decoder_that_meets_larger_frames_than_the_header_promised(tmp_path):
-    path = write_clip(tmp_path / "clip.avi", noise(0, 6, 112, 112, 3), codec="mpeg4")
+def test_an_absurd_duration_in_the_header_is_refused(tmp_path, no_decoding):
+    path = write_clip(tmp_path / "clip.mkv", FRAMES[:4], codec="mpeg4")
     data = bytearray(path.read_bytes())
-    assert preprocess_videos([path], limits=VideoLimits(pixels=112 * 112))
-    for i in range(len(data) - 4):
-        # Width and height in AVI's headers; the stream itself says 112 x 112.
-        if data[i : i + 8] == (112).to_bytes(4, "little") * 2:
-            data[i : i + 8] = (28).to_bytes(4, "little") * 2
+    # Matroska's Duration: element 4489 of 8 bytes, milliseconds.
+    start = data.index(b"\x44\x89\x88") + 3
+    data[start : start + 8] = struct.pack(">d", 1e9)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"videos\[0\]: "):
-        preprocess_videos([path], limits=VideoLimits(pixels=28 * 28))
+    with pytest.raises(ValueError, match=r"1000000 seconds, the limit is 7200.0 \(limits.seconds\)"):
+        preprocess_videos([path])
+
+
+def test_frames_are_counted_where_no_header_says_how_many(tmp_path, no_decoding):
+    path = write_clip(tmp_path / "clip.mkv", FRAMES, codec="mpeg4")
+    with pytest.raises(ValueError, match=r"37 frames or more, the limit is 36 \(limits.frames\)"):
+        preprocess_videos([path], limits=VideoLimits(frames=36))
+
+
+def test_a_header_that_claims_too_many_frames_is_enough(clip, monkeypatch):
+    # The limit holds before the packets are read, which for a long clip is the whole file.
+    monkeypatch.setattr(av.container.InputContainer, "demux", None, raising=True)
+    with pytest.raises(ValueError, match=r"37 frames or more"):
+        preprocess_videos([clip], limits=VideoLimits(frames=36))
+
+
+def test_clips_that_change_their_size(tmp_path):
+    parts = {}
+    for side in (64, 128, 640):
+        frames = np.zeros((6, side, side, 3), np.uint8)
+        parts[side] = write_clip(tmp_path / f"{side}.ts", frames, rate=25, codec="mpeg2video").read_bytes()
+    path = tmp_path / "clip.ts"
+    path.write_bytes(parts[64] + parts[128])
+    with pytest.raises(ValueError, match=r"videos\[0\]: frame 1 is 128 x 128, the first one 64 x 64"):
+        preprocess_videos([path], nframes=2)
+    with pytest.raises(ValueError, match=r"videos\[0\]: 128 x 128 pixels are over the limit of 5000"):
+        preprocess_videos([path], nframes=2, limits=VideoLimits(pixels=5000))
+    # Frames that are not sampled are decoded all the same, so the decoder has a limit of its own.
+    path.write_bytes(parts[64] + parts[640] + parts[64])
+    assert len(preprocess_videos([path], nframes=2)[0])
+    with pytest.raises(ValueError, match=r"videos\[0\]: can't be decoded"):
+        preprocess_videos([path], nframes=2, limits=VideoLimits(pixels=5000))
