@@ -16,6 +16,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def without_bias(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x W^T, b) for an op that adds the bias itself. A layer put in the place of a Linear, such as an adapter that holds it,
+    is not looked into: (layer(x), None).
+    """
+    if type(layer) is Linear:
+        return linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
 class LayerNorm(nn.Module):
     """LayerNorm of x [T, C], or with a branch of x + branch: -> (normed, x + branch)."""
 

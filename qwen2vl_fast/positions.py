@@ -76,7 +76,7 @@ def mrope_position_ids(
         position_ids: [3, B, S] int64 on input_ids' device; padded positions hold 0 and mean nothing.
         deltas: [B] int64, largest id + 1 - number of real tokens: a later token's ids are its index + delta.
     Raises:
-        TypeError, ValueError: wrong rank or shape; for host tensors also placeholder counts that differ from the grids.
+        TypeError, ValueError: wrong rank or shape; for host tensors also placeholders that don't come in the runs of the grids.
         Values on a device are not read (no sync).
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1.
     """
@@ -105,10 +105,8 @@ def mrope_position_ids(
         merged = grid.to(device=input_ids.device, dtype=torch.int64, non_blocking=True)
         merged = torch.stack((merged[:, 0], merged[:, 1] // merge_size, merged[:, 2] // merge_size))
         ends = merged.prod(0).cumsum(0)
-        if visual.device.type == "cpu" and int(visual.sum()) != int(ends[-1]):
-            raise ValueError(
-                f"input_ids: {int(visual.sum())} {name} placeholders ({token_id}), but {name}_grid_thw asks for {int(ends[-1])}"
-            )
+        if visual.device.type == "cpu":
+            _check_runs(name, token_id, visual, real, grid, ends)
         ordinal = visual.flatten().cumsum(0).view_as(input_ids) - 1  # among this modality's tokens of the whole batch
         medium = torch.searchsorted(ends, ordinal, right=True).clamp_(max=ends.numel() - 1)
         frames, rows, columns = merged[:, medium]
@@ -120,6 +118,33 @@ def mrope_position_ids(
     total = advance.sum(1)
     position_ids = (advance.cumsum(1) - advance + local).masked_fill_(~real, 0)
     return position_ids, total - real.sum(1)
+
+
+def _check_runs(
+    name: str, token_id: int, visual: torch.Tensor, real: torch.Tensor, grid: torch.Tensor, ends: torch.Tensor
+) -> None:
+    """Every medium has its placeholders in one unbroken run of real tokens of one sequence; none are left over.
+
+    visual, real: [B, S] bool. ends: [N], running sum of the media's placeholders.
+    """
+    rows = torch.arange(real.shape[0])[:, None]
+    where = (real.flatten().cumsum(0).view_as(real) + rows)[visual]  # rows are one apart, so that no run reaches over them
+    count, starts = where.numel(), ends - ends.diff(prepend=ends.new_zeros(1))
+    fits = ends <= count
+    whole = torch.zeros_like(fits)
+    whole[fits] = where[ends[fits] - 1] - where[starts[fits]] == (ends - starts - 1)[fits]
+    if whole.all() and count == int(ends[-1]):
+        return
+    message = f"input_ids: {count} {name} placeholders ({token_id}), but {name}_grid_thw asks for {int(ends[-1])}"
+    if not whole.all():
+        index = int((~whole).nonzero()[0])
+        run = where[int(starts[index]) :]
+        held = int((run - run[:1] == torch.arange(run.numel())).cumprod(0).sum())
+        message += (
+            f"; {name} {index} of the batch, grid {grid[index].tolist()}, needs {int(ends[index] - starts[index])} in a row "
+            f"and has {held}: a prompt must not be cut inside a medium, nor its grids be in another order"
+        )
+    raise ValueError(message)
 
 
 @dataclass(frozen=True)

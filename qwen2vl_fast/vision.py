@@ -12,7 +12,7 @@ from torch import nn
 
 from . import ops
 from .config import VisionConfig
-from .modules import LayerNorm, Linear
+from .modules import LayerNorm, Linear, without_bias
 from .ops.linear import linear
 from .positions import AttentionSchedule, attention_schedule, vision_position_ids
 from .reference import inverse_frequencies
@@ -109,7 +109,7 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(ops.quick_gelu(linear(x, self.fc1.weight), self.fc1.bias))
+        return self.fc2(ops.quick_gelu(*without_bias(self.fc1, x)))
 
 
 class Merger(nn.Module):
@@ -124,4 +124,4 @@ class Merger(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         merged = ops.merge_patches(x, self.ln_q.weight, self.ln_q.bias, eps=self.ln_q.eps)
         first, _, second = self.mlp  # the names of the released checkpoint: mlp.0 and mlp.2
-        return second(ops.gelu(linear(merged, first.weight), first.bias))
+        return second(ops.gelu(*without_bias(first, merged)))
