@@ -114,17 +114,23 @@ CONFIGS = {
 
 
 def transformers_model(config: dict[str, Any], dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """A random Qwen2VLForConditionalGeneration whose every parameter matters: no zero bias, no unit norm."""
+    """A random Qwen2VLForConditionalGeneration whose every parameter matters: no zero bias, no unit norm, and queries and keys
+    long enough for attention to be far from uniform, so that positions matter.
+    """
     torch.manual_seed(seed)
     hf = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(**copy.deepcopy(config)))
-    for parameter in hf.parameters():
+    for name, parameter in hf.named_parameters():
         noise = torch.randn(parameter.shape, dtype=torch.float64)
         parameter.data = parameter.data.double() + (0.1 if parameter.dim() == 1 else 0.04) * noise
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 1.5
+        elif name.endswith("qkv.weight"):
+            parameter.data[: parameter.shape[0] // 3 * 2] *= 1.5
+    tables = {module: module.inv_freq for module in hf.modules() if hasattr(module, "inv_freq")}
     hf = hf.to(dtype).eval()
     setattr(hf.config, "torch_dtype" if OLD_TRANSFORMERS else "dtype", dtype)
-    for module in hf.modules():  # .to() casts the frequency tables too, loading a checkpoint does not
-        if hasattr(module, "inv_freq"):
-            module.inv_freq = module.inv_freq.float()
+    for module, table in tables.items():  # .to() casts the frequencies too, loading a checkpoint does not
+        module.inv_freq = table
     hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = config["eos_token_id"], config["pad_token_id"]
     return hf
 
