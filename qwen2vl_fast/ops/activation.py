@@ -61,12 +61,21 @@ def _check(op: str, x, bias, backend) -> None:
     choose(op, backend, x.device)
 
 
+def _inverse_sigmoid(z, slope=1.0):
+    """1 + exp(-slope z), of which z sigmoid(slope z) is z divided by it.
+
+    Not torch.sigmoid: on the CPU it takes the last elements of each thread's share by another path with other bits, so that
+    an image's features would depend on what it is packed with. exp has one result wherever an element stands.
+    """
+    return torch.mul(z, -slope).exp_().add_(1)
+
+
 def _quick_gelu_rows(z):
-    return torch.sigmoid(1.702 * z).mul_(z)
+    return z / _inverse_sigmoid(z, 1.702)
 
 
 def _quick_gelu_slope(z):
-    s = torch.sigmoid(1.702 * z)
+    s = _inverse_sigmoid(z, 1.702).reciprocal_()
     return s * (1 + 1.702 * z * (1 - s))
 
 
@@ -136,7 +145,7 @@ def _swiglu_impl(gate_up):
     compute = torch.promote_types(gate_up.dtype, torch.float32)
     for block in checks.row_blocks(rows):
         gate, up = rows[block].to(compute).chunk(2, -1)
-        rows_out[block].copy_(torch.sigmoid(gate).mul_(gate).mul_(up))
+        rows_out[block].copy_((gate / _inverse_sigmoid(gate)).mul_(up))
     return out
 
 
@@ -144,7 +153,7 @@ def _swiglu_backward(ctx, grad):
     (gate_up,) = ctx.saved_tensors
     compute = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(compute).chunk(2, -1)
-    upstream, s = grad.to(compute), torch.sigmoid(gate)
+    upstream, s = grad.to(compute), _inverse_sigmoid(gate).reciprocal_()
     return torch.cat((upstream * up * s * (1 + gate * (1 - s)), upstream * gate * s), -1).to(gate_up.dtype)
 
 
