@@ -68,7 +68,8 @@ class TextConfig:
     def rope_table(self) -> tuple[torch.Tensor, float]:
         """(inv_freq [D/2] float32, attention_scaling): the plain table, or YaRN's blend of it (arXiv:2309.00071)."""
         dim, base = self.head_dim, self.rope_theta
-        inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        wavelengths = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        inv_freq = 1.0 / wavelengths
         if self.rope.get("rope_type", "default") != "yarn":
             return inv_freq, 1.0
         factor = float(self.rope["factor"])
@@ -84,7 +85,7 @@ class TextConfig:
         low, high = max(low, 0), min(high, dim - 1)
         ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
         keep = 1 - ramp.clamp(0, 1)
-        blended = inv_freq / factor * (1 - keep) + inv_freq * keep
+        blended = 1.0 / (factor * wavelengths) * (1 - keep) + inv_freq * keep
         return blended, _yarn_attention_scaling(self.rope, factor)
 
 
@@ -173,17 +174,18 @@ class Config:
         """config.json and generation_config.json in the released (flat) layout."""
         text, vision, generation = self.text, self.vision, self.generation
         eos = list(generation.eos_token_id)
+        flat = {**self.raw, **(self.raw.get("text_config") or {})}
         rope = {key: value for key, value in text.rope.items() if key not in ("rope_type", "rope_theta")}
         kind = text.rope.get("rope_type", "default")
         config = {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "attention_dropout": 0.0,
-            "bos_token_id": self.raw.get("bos_token_id"),
+            "bos_token_id": flat.get("bos_token_id"),
             "eos_token_id": eos[0] if eos else None,
             "hidden_act": "silu",
             "hidden_size": text.hidden_size,
             "image_token_id": self.image_token_id,
-            "initializer_range": self.raw.get("initializer_range", 0.02),
+            "initializer_range": flat.get("initializer_range", 0.02),
             "intermediate_size": text.intermediate_size,
             "max_position_embeddings": text.max_position_embeddings,
             "model_type": "qwen2_vl",
@@ -207,6 +209,7 @@ class Config:
                 "model_type": "qwen2_vl_vision",
                 "num_heads": vision.num_heads,
                 "patch_size": vision.patch_size,
+                **({"rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta}} if vision.rope_theta != 1e4 else {}),
                 "spatial_merge_size": vision.spatial_merge_size,
                 "temporal_patch_size": vision.temporal_patch_size,
             },
@@ -216,15 +219,14 @@ class Config:
             "vocab_size": text.vocab_size,
         }
         sampling = {
-            "bos_token_id": self.raw.get("bos_token_id"),
+            "bos_token_id": flat.get("bos_token_id"),
             "do_sample": generation.do_sample,
             "eos_token_id": eos,
             "pad_token_id": generation.pad_token_id,
             "repetition_penalty": generation.repetition_penalty,
-            "temperature": generation.temperature,
-            "top_k": generation.top_k,
-            "top_p": generation.top_p,
         }
+        if generation.do_sample:  # transformers warns of these beside do_sample=False
+            sampling |= {name: getattr(generation, name) for name in ("temperature", "top_k", "top_p")}
         return config, {key: value for key, value in sampling.items() if value is not None}
 
 
