@@ -1,0 +1,24 @@
+"""Devices as a parameter: the same test bodies run on the CPU and, with `-m gpu`, on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import compare
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.fail("this test needs a CUDA device; leave it out with -m 'not gpu'")
+    return request.param
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """torch.empty comes filled with NaN."""
+    with compare.poisoned():
+        yield
