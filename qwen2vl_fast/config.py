@@ -209,7 +209,6 @@ class Config:
                 "model_type": "qwen2_vl_vision",
                 "num_heads": vision.num_heads,
                 "patch_size": vision.patch_size,
-                **({"rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta}} if vision.rope_theta != 1e4 else {}),
                 "spatial_merge_size": vision.spatial_merge_size,
                 "temporal_patch_size": vision.temporal_patch_size,
             },
@@ -218,6 +217,8 @@ class Config:
             "vision_token_id": self.vision_pad_token_id,
             "vocab_size": text.vocab_size,
         }
+        if vision.rope_theta != 1e4:
+            config["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.rope_theta}
         sampling = {
             "bos_token_id": flat.get("bos_token_id"),
             "do_sample": generation.do_sample,
