@@ -20,7 +20,7 @@ from qwen2vl_fast.chat import Processor, chat
 from qwen2vl_fast.config import Config
 from qwen2vl_fast.media import preprocess_images
 from qwen2vl_fast.model import Qwen2VL
-from qwen2vl_fast.template import DEFAULT_TEMPLATE
+from qwen2vl_fast.template import DEFAULT_TEMPLATE, ChatTemplate, Masked
 from qwen2vl_fast.tokenizer import TextStream, Tokenizer
 from qwen2vl_fast.video import preprocess_videos
 from tests.chatting import SPECIAL, TEXTS, TRIMMING, FakeModel, write_checkpoint, write_json
@@ -322,6 +322,17 @@ def test_chat_stops_at_the_ends_it_is_given(processor):
     assert chat(model, processor, [user("x")], eos_token_id=[]) == "One.two"
     assert "".join(chat(model, processor, [user("x")], eos_token_id=[dot], stream=True)) == "One"
     assert "".join(chat(model, processor, [user("x")], eos_token_id=[], stream=True)) == "One.two"
+
+
+def test_an_answer_that_ends_inside_a_character_streams_as_it_is_decoded(processor):
+    ids = processor.tokenizer.encode("a") + [processor.tokenizer.encode("\U0001f600")[0]]
+    model = FakeModel(processor, [ids])
+    assert chat(model, processor, [user("x")]) == "a\ufffd"
+    assert "".join(chat(model, processor, [user("x")], stream=True)) == "a\ufffd"
+
+
+def test_the_longest_special_token_of_a_template_wins():
+    assert ChatTemplate("<a><a>b<a").render(Masked(), ["<a>", "<a>b"]) == [(True, "<a>"), (True, "<a>b"), (False, "<a")]
 
 
 def test_chat_keeps_grounding_tokens_on_request(processor):

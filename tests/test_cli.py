@@ -357,7 +357,7 @@ def test_doctor_train_and_eval_go_where_they_belong(monkeypatch):
 
 def test_bench_runs_the_subjects_of_the_checkout(capfd, monkeypatch, tmp_path):
     (tmp_path / "bench").mkdir()
-    for name in ("__init__", "timing", "one", "two"):
+    for name in ("__init__", "timing", "report", "one", "two"):
         (tmp_path / "bench" / f"{name}.py").write_text(
             f"import sys; print('{name}', sys.argv[1:]); sys.exit({int(name == 'two')})"
         )
