@@ -209,18 +209,18 @@ class Qwen2VL(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json, generation_config.json and safetensors in the released format, and copies the tokenizer and
-        preprocessor files of the folder that the model came from.
+        preprocessor files of the folder that the model came from. On an error the folder keeps what it held.
         """
         directory = Path(path)
-        directory.mkdir(parents=True, exist_ok=True)
         config, generation_config = self.config.to_dicts(self.dtype)
-        for name, value in (("config.json", config), ("generation_config.json", generation_config)):
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        weights.save_parameters(self, directory)
-        if self.source is not None and self.source.resolve() != directory.resolve():
-            for name in _SHARED_FILES:
-                if (self.source / name).is_file():
-                    shutil.copyfile(self.source / name, directory / name)
+        with weights.replacing_checkpoint(directory) as part:
+            for name, value in (("config.json", config), ("generation_config.json", generation_config)):
+                (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            weights.save_parameters(self, part)
+            if self.source is not None and self.source.resolve() != directory.resolve():
+                for name in _SHARED_FILES:
+                    if (self.source / name).is_file():
+                        shutil.copyfile(self.source / name, part / name)
 
     # The pieces that forward and generate share.
 

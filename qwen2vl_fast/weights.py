@@ -5,7 +5,10 @@ is a short table of prefixes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -138,3 +141,23 @@ def save_parameters(model: nn.Module, directory: Path) -> None:
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing_checkpoint(directory: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint's files into; they take their places in `directory` when the block ends without error.
+
+    Until then what was there stays whole, also for a model whose parameters are those very files, mapped. Weights of the
+    checkpoint before that have no successor are removed, so that a stale index can't be read.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+        part = Path(temporary)
+        yield part
+        names = {path.name for path in part.iterdir()}
+        for name in names:
+            os.replace(part / name, directory / name)
+        for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
+            for stale in directory.glob(pattern):
+                if stale.name not in names:
+                    stale.unlink()
