@@ -148,9 +148,9 @@ def drawn(monkeypatch) -> list[Tensor]:
 )
 def test_sampling_distribution(drawn, options):
     inputs = models.batch([ROWS[0]])
-    output = model().generate(
-        **inputs, max_new_tokens=4, do_sample=True, eos_token_id=[], seed=3, suppress_vision_tokens=False, **options
-    )
+    fixed = {"max_new_tokens": 4, "do_sample": True, "eos_token_id": [], "seed": 3, "suppress_vision_tokens": False}
+    off = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}  # transformers 4 has defaults of its own
+    output = model().generate(**inputs, **fixed, **{**off, **options})
     steps = LogitsProcessorList()
     if "repetition_penalty" in options:
         steps.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
