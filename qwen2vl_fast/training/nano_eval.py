@@ -22,9 +22,9 @@ MAX_NEW_TOKENS = 24
 DTYPES = ("float32", "bfloat16")
 
 
-def test_samples(task: str, count: int) -> list[Sample]:
-    """The first `count` samples of the test of a task."""
-    return [generate(task, seed) for seed in TEST_SEEDS[:count]]
+def unseen(task: str, count: int, first: int = 0) -> list[Sample]:
+    """`count` samples of the test of a task, from the one with index `first` on."""
+    return [generate(task, seed) for seed in TEST_SEEDS[first : first + count]]
 
 
 def answer(model: Qwen2VL, processor: Processor, samples: Sequence[Sample]) -> list[str]:
@@ -75,7 +75,7 @@ def evaluate(checkpoint: Path, *, samples: int = 1000) -> dict[str, Any]:
         "python": platform.python_version(),
         "tasks": {},
     }
-    data = {task: test_samples(task, samples) for task in TASKS}
+    data = {task: unseen(task, samples) for task in TASKS}
     for dtype in DTYPES:
         model = Qwen2VL.from_pretrained(checkpoint, device="cpu", dtype=getattr(torch, dtype))
         for task, shown in data.items():
@@ -105,6 +105,7 @@ def _card(facts: dict[str, Any], measured: dict[str, Any]) -> str:
     margin = f"{196 * math.sqrt(0.9 * 0.1 / count):.1f}"
     parameters, cooldown = f"{facts['parameters'] / 1e6:.2f}", f"{100 * recipe['cooldown']:.0f}"
     colors, shapes = (_percent(name[key]) for key in ("color_right", "shape_right"))
+    since, tower_lr, lr = facts["whole_since"], recipe["tower_lr"], recipe["lr"]
     decay, clip, batch, warmup = (recipe[key] for key in ("weight_decay", "clip", "batch", "warmup"))
     table = [
         _row(task, " / ".join(QUESTIONS[task]), *(_percent(tasks[task][dtype]["accuracy"]) for dtype in DTYPES))
@@ -150,11 +151,11 @@ touch; for the other tasks there is one. Training, validation and test have disj
 ## Training
 
 Two stages: the vision tower alone, with linear readings of number, color and shape from the mean of a picture's visual
-tokens, up to step {facts["whole_since"]}; then the whole model on conversations, where the loss counts only what the
-assistant says and its `<|im_end|>`. A curriculum goes from few shapes on plain grey to the whole range. Muon for the matrices and AdamW for
-the rest, weight decay {decay}, gradient norm clipped at {clip}, batches of {batch} pictures; learning rate
-{recipe["tower_lr"]} for the tower and {recipe["lr"]} for the whole after {warmup} steps of warmup, falling to zero over the last
-{cooldown} % of the steps; compute in {recipe["dtype"]}, weights and moments in float32.
+tokens, up to step {since}; then the whole model on conversations, where the loss counts only what the assistant says and
+its `<|im_end|>`. A curriculum goes from few shapes on plain grey to the whole range. Muon for the matrices and AdamW for
+the rest, weight decay {decay}, gradient norm clipped at {clip}, batches of {batch} pictures. Learning rate {tower_lr}
+for the tower and {lr} for the whole, after {warmup} steps of warmup, falling to zero over the last {cooldown} % of the
+steps; compute in {recipe["dtype"]}, weights and moments in float32.
 
 | steps | pictures | minutes | hardware |
 | --- | --- | --- | --- |
