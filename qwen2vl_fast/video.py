@@ -286,7 +286,7 @@ def _decode(file: BinaryIO, options: _Options, limits: VideoLimits, name: str) -
             if stack.taken == stack.count:
                 return stack.finish()
             # Fewer frames than packets, as when a broadcast was cut before a key frame: sample those that there are.
-            if decoded in (0, total):
+            if decoded == 0:
                 raise ValueError(f"{name}: no frame can be decoded, the file may be truncated or damaged")
             total = decoded
     except av.FFmpegError as error:
@@ -322,8 +322,6 @@ def _count_frames(av: Any, file: BinaryIO, limits: VideoLimits, name: str) -> tu
         check_pixels(stream.codec_context.height, stream.codec_context.width, limits.pixels, name)
         _check_length(stream.frames, limits, name)
         _check_seconds((container.duration or 0) / av.time_base, limits, name)
-        if stream.duration and stream.time_base:
-            _check_seconds(stream.duration * stream.time_base, limits, name)
         total, cut = 0, False
         for packet in container.demux(stream):
             # The packet that ends a stream has no data; those that an edit list cuts away are marked.

@@ -94,11 +94,19 @@ def numbered_frames(count: int, height: int = 56, width: int = 84) -> np.ndarray
     return frames
 
 
-def write_clip(path: Path, frames: np.ndarray, *, rate: Fraction | int = 10, codec: str = "png", step: int = 1) -> Path:
+def write_clip(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    rate: Fraction | int = 10,
+    codec: str = "png",
+    step: int = 1,
+    options: dict[str, str] | None = None,
+) -> Path:
     """Frames to a video file; the default codec loses nothing. Frame i is shown at i * step / rate seconds."""
     pixels = {"png": "rgb24", "gif": "rgb8"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for i, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")

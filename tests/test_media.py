@@ -400,6 +400,14 @@ def test_the_limit_of_bytes(tmp_path, no_decoding):
             preprocess_images([source], limits=ImageLimits(file_bytes=len(PNG) - 1))
 
 
+def test_a_file_that_grows_while_it_is_opened(tmp_path, monkeypatch, no_decoding):
+    path = tmp_path / "picture.png"
+    path.write_bytes(PNG)
+    monkeypatch.setattr(media, "check_path", lambda path, *_: path)
+    with pytest.raises(ValueError, match=r"images\[0\]: .* the limit is 100 "):
+        preprocess_images([path], limits=ImageLimits(file_bytes=100))
+
+
 def test_the_limit_of_items(no_decoding):
     with pytest.raises(ValueError, match="images: 3 images, the limit is 2"):
         preprocess_images([PNG] * 3, limits=ImageLimits(items=2))

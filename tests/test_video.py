@@ -9,8 +9,10 @@ import random
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -204,6 +206,25 @@ def test_containers(tmp_path, codec, suffix):
     # Lossy codecs, and a palette of 3 bits for red, keep each frame nearest to itself: they are 70 levels apart.
     nearest = (red[:, None] * 255 - torch.arange(24) * 10).abs().argmin(1)
     assert (nearest - torch.tensor(sample_indices(24, None, nframes=4))).abs().max() <= 2
+
+
+def test_a_broadcast_that_was_cut_before_a_key_frame(tmp_path):
+    """Three packets come before the first key frame: the 18 frames that can be decoded are the clip."""
+    whole, cut = tmp_path / "whole.ts", tmp_path / "cut.ts"
+    frames = np.zeros((24, 64, 64, 3), np.uint8)
+    frames[..., 0] = (np.arange(24) * 10)[:, None, None]
+    write_clip(whole, frames, rate=25, codec="mpeg2video", options={"g": "6", "sc_threshold": "1000000000"})
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        assert [packet.is_keyframe for packet in packets[:7]] == [True] + [False] * 5 + [True]
+        for packet in packets[3:]:
+            packet.stream = stream
+            target.mux(packet)
+    rows, grid = preprocess_videos([cut], nframes=18, min_pixels=784)
+    expected, _ = preprocess_videos([whole], nframes=24, min_pixels=784)
+    assert grid.tolist() == [[9, 4, 4]]
+    assert torch.equal(rows, expected[3 * 16 :])
 
 
 @pytest.mark.parametrize("quarters, matrix", [(0, (1, 0, 0, 1)), (1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (3, (0, -1, 1, 0))])
@@ -590,6 +611,17 @@ def test_an_absurd_duration_in_the_header_is_refused(tmp_path, no_decoding):
         preprocess_videos([path])
 
 
+def test_a_duration_that_no_header_tells(tmp_path, no_decoding):
+    path = write_clip(tmp_path / "clip.mkv", FRAMES, codec="mpeg4")
+    data = bytearray(path.read_bytes())
+    # The element of the duration becomes one that means nothing.
+    start = data.index(b"\x44\x89\x88")
+    data[start : start + 2] = b"\xec\x89"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"videos\[0\]: 4 seconds, the limit is 3 \(limits.seconds\)"):
+        preprocess_videos([path], limits=VideoLimits(seconds=3))
+
+
 def test_frames_are_counted_where_no_header_says_how_many(tmp_path, no_decoding):
     path = write_clip(tmp_path / "clip.mkv", FRAMES, codec="mpeg4")
     with pytest.raises(ValueError, match=r"37 frames or more, the limit is 36 \(limits.frames\)"):
@@ -598,7 +630,9 @@ def test_frames_are_counted_where_no_header_says_how_many(tmp_path, no_decoding)
 
 def test_a_header_that_claims_too_many_frames_is_enough(clip, monkeypatch):
     # The limit holds before the packets are read, which for a long clip is the whole file.
-    monkeypatch.setattr(av.container.InputContainer, "demux", None, raising=True)
+    stream = SimpleNamespace(frames=37, codec_context=SimpleNamespace(height=56, width=84))
+    container = SimpleNamespace(streams=SimpleNamespace(video=[stream]), duration=None)
+    monkeypatch.setattr(video, "_open", lambda *_: nullcontext(container))
     with pytest.raises(ValueError, match=r"37 frames or more"):
         preprocess_videos([clip], limits=VideoLimits(frames=36))
 

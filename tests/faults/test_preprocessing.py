@@ -132,6 +132,12 @@ def test_fault_11_transparent_modes_go_over_white(mode):
         assert (result[:, 0] == 255).all() and np.array_equal(result[:, 1], colour[:, 1])
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_fault_11_premultiplied_modes_go_over_white(mode):
+    image = Image.fromarray(np.dstack((np.repeat(noise(12, 8, 8, 1), 3, 2), noise(13, 8, 8)))).convert(mode[:-1] + "A")
+    assert np.array_equal(loaded(image.convert(mode)), loaded(image.convert(mode).convert(mode[:-1] + "A")))
+
+
 def test_fault_11_rgba_array_goes_over_white():
     array = np.dstack((noise(5, 4, 4, 3), np.full((4, 4), 255, np.uint8)))
     array[0, 0, 3] = 0
