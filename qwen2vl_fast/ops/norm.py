@@ -60,6 +60,7 @@ def _check(op: str, x, residual, backend, **parameters) -> None:
 
 def _rms_norm_impl(x, weight, eps):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = x if x.stride(-1) == 1 else x.contiguous()  # a sum along another stride is taken in another order
     _rms_norm_rows(out.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), weight, eps)
     return out
 
@@ -81,7 +82,7 @@ def _add_rms_norm_impl(x, residual, weight, eps):
 def _rms_norm_grad(grad, x, weight, eps):
     """(grad of x, grad of weight). With r = rsqrt(mean(x^2) + eps): r (g w - x r mean(g w x r)), sum(g x r)."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    wide, upstream = x.to(compute), grad.to(compute)
+    wide, upstream = (y.contiguous().to(compute) for y in (x, grad))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit = wide * scale
     weighted = upstream * weight.to(compute)
@@ -105,7 +106,7 @@ def _layer_norm_grad(grad, x, weight, bias, eps):
     Not the library's backward: on the CPU it keeps mean and 1/std, and sums, in the dtype of x (in bf16 30 times the error).
     """
     compute = torch.promote_types(x.dtype, torch.float32)
-    wide, upstream = x.to(compute), grad.to(compute)
+    wide, upstream = (y.contiguous().to(compute) for y in (x, grad))
     centred = wide - wide.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     unit = centred * scale
