@@ -263,7 +263,12 @@ class Processor:
     def _preprocess(self, medium: _Medium) -> None:
         try:
             if medium.kind == "image":
-                bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **medium.options}
+                low, high = medium.options.get("min_pixels"), medium.options.get("max_pixels")
+                # The bound that a message gives wins over the checkpoint's other one.
+                bounds = {
+                    "min_pixels": (self.min_pixels if high is None else min(self.min_pixels, high)) if low is None else low,
+                    "max_pixels": (self.max_pixels if low is None else max(self.max_pixels, low)) if high is None else high,
+                }
                 medium.rows, medium.grid = media.preprocess_images([medium.source], **bounds)
             else:
                 medium.rows, medium.grid = video.preprocess_videos([medium.source], **medium.options)

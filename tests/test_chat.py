@@ -189,6 +189,11 @@ def test_pixel_bounds_come_from_the_checkpoint_and_yield_to_the_medium(processor
     assert raised["image_grid_thw"].tolist() == [[1, 40, 40]]
     small = processor([user({"type": "image", "image": picture(28, 28), "min_pixels": 16 * 784})])
     assert small["image_grid_thw"].tolist() == [[1, 8, 8]]
+    # Below the checkpoint's lower bound, above its upper one: the medium's own bound holds.
+    least = processor([user({"type": "image", "image": big, "max_pixels": 784})])
+    assert least["image_grid_thw"].tolist() == [[1, 2, 2]]
+    most = processor([user({"type": "image", "image": big, "min_pixels": 900 * 784, "max_pixels": None})])
+    assert most["image_grid_thw"].tolist() == [[1, 60, 60]]
 
 
 def test_a_batch_is_padded_on_the_left_and_equals_its_conversations(processor):
