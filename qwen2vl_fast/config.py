@@ -151,9 +151,11 @@ class Config:
         dtype = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"
         if dtype not in _DTYPES:
             raise ValueError(f"config.json: dtype {dtype!r} is not supported; expected one of {sorted(_DTYPES)}")
-        ids = {name: raw[name] for name in _TOKEN_IDS if raw.get(name) is not None}
+        if raw.get("quantization_config"):
+            raise ValueError(f"config.json: quantization_config {raw['quantization_config']!r:.80} is not supported")
+        ids = {name: _token_id("config.json", name, raw[name]) for name in _TOKEN_IDS if raw.get(name) is not None}
         if raw.get("vision_token_id") is not None:  # the released name of <|vision_pad|>
-            ids["vision_pad_token_id"] = raw["vision_token_id"]
+            ids["vision_pad_token_id"] = _token_id("config.json", "vision_token_id", raw["vision_token_id"])
         config = cls(
             vision=_vision_config(raw.get("vision_config") or {}),
             text=_text_config(text),
@@ -256,6 +258,21 @@ def _positive(section: str, raw: dict[str, Any], name: str, default: int | None 
     return value
 
 
+def _real(section: str, raw: dict[str, Any], name: str, default: float, least: float = 0.0) -> float:
+    """A finite number over 0, and at least `least`."""
+    value = default if raw.get(name) is None else raw[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf and value >= least):
+        expected = f"of at least {least}" if least else "over 0"
+        raise ValueError(f"config.json: {section}{name} is {value!r}; expected a number {expected}")
+    return value
+
+
+def _token_id(file: str, name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{file}: {name} is {value!r}; expected a token id")
+    return value
+
+
 def _refuse(section: str, raw: dict[str, Any], name: str, *supported: Any) -> None:
     if raw.get(name) is not None and raw[name] not in supported:
         raise ValueError(f"config.json: {section}{name} is {raw[name]!r}; supported: {', '.join(map(repr, supported))}")
@@ -274,11 +291,11 @@ def _vision_config(raw: dict[str, Any]) -> VisionConfig:
         embed_dim=size("embed_dim", 1280),
         num_heads=size("num_heads", 16),
         hidden_size=size("hidden_size", 3584),
-        mlp_ratio=raw.get("mlp_ratio", 4),
+        mlp_ratio=_real("vision_config.", raw, "mlp_ratio", 4),
         in_channels=size("in_channels", raw.get("in_chans", 3)),
         patch_size=size("patch_size", 14),
         temporal_patch_size=size("temporal_patch_size", 2),
-        rope_theta=float(rope.get("rope_theta", 1e4)),
+        rope_theta=float(_real("vision_config.rope_parameters.", rope, "rope_theta", 1e4)),
     )
     if config.embed_dim % config.num_heads or config.head_dim % 4:
         raise ValueError(
@@ -306,8 +323,10 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
     rope.pop("type", None)
     rope["rope_type"] = "default" if kind == "mrope" else kind
     _refuse("rope_scaling.", rope, "rope_type", "default", "yarn")
-    if rope["rope_type"] == "yarn" and not rope.get("factor"):
-        raise ValueError("config.json: rope_scaling of type 'yarn' needs a factor")
+    if rope["rope_type"] == "yarn":
+        if rope.get("factor") is None:
+            raise ValueError("config.json: rope_scaling of type 'yarn' needs a factor")
+        _real("rope_scaling.", rope, "factor", 1.0, least=1.0)
     config = TextConfig(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
@@ -315,8 +334,8 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
         num_hidden_layers=layers,
         num_attention_heads=size("num_attention_heads"),
         num_key_value_heads=size("num_key_value_heads", raw.get("num_attention_heads")),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 1e6),
+        rms_norm_eps=float(_real("", raw, "rms_norm_eps", 1e-5)),  # transformers' default, which its files may leave out
+        rope_theta=float(_real("", {**raw, **rope}, "rope_theta", 1e6)),
         mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
         max_position_embeddings=size("max_position_embeddings", 32768),
         rope=rope,
@@ -333,9 +352,10 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
             f"config.json: num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{config.num_key_value_heads}"
         )
-    if len(config.mrope_section) != 3 or sum(config.mrope_section) * 2 != config.head_dim:
+    sections = config.mrope_section
+    if len(sections) != 3 or any(not isinstance(n, int) or n < 0 for n in sections) or 2 * sum(sections) != config.head_dim:
         raise ValueError(
-            f"config.json: mrope_section {list(config.mrope_section)} must be three numbers that sum to head_dim / 2 = "
+            f"config.json: mrope_section {list(sections)} must be three numbers of at least 0 that sum to head_dim / 2 = "
             f"{config.head_dim // 2}"
         )
     return config
@@ -345,13 +365,22 @@ def _generation_config(raw: dict[str, Any], text: dict[str, Any]) -> GenerationC
     def first(name: str, default: Any) -> Any:
         return next((source[name] for source in (raw, text) if source.get(name) is not None), default)
 
-    eos = first("eos_token_id", ())
+    def number(name: str, default: float, most: float = math.inf) -> float:
+        value = raw.get(name) or default
+        if not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise ValueError(f"{file}: {name} is {value!r}; expected a number in (0, {most}]")
+        return value
+
+    file = "generation_config.json"
+    eos, pad, top_k = first("eos_token_id", ()), first("pad_token_id", None), raw.get("top_k") or 0
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"{file}: top_k is {top_k!r}; expected 0 (off) or a positive integer")
     return GenerationConfig(
-        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
-        pad_token_id=first("pad_token_id", None),
+        eos_token_id=tuple(_token_id(file, "eos_token_id", i) for i in (eos if isinstance(eos, (list, tuple)) else (eos,))),
+        pad_token_id=None if pad is None else _token_id(file, "pad_token_id", pad),
         do_sample=bool(raw.get("do_sample", False)),
-        temperature=float(raw.get("temperature") or 1.0),
-        top_k=int(raw.get("top_k") or 0),
-        top_p=float(raw.get("top_p") or 1.0),
-        repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
+        temperature=float(number("temperature", 1.0)),
+        top_k=top_k,
+        top_p=float(number("top_p", 1.0, most=1)),
+        repetition_penalty=float(number("repetition_penalty", 1.0)),
     )

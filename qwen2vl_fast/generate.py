@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ class Sampling:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            _expect(name, getattr(self, name), Real, "a number")
+        _expect("top_k", self.top_k, Integral, "an int")
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}; for greedy use do_sample=False")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 (off) or a positive integer, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty: expected a positive number, got {self.repetition_penalty}")
 
     def next(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
@@ -75,6 +79,9 @@ def generate(model: Any, input_ids: torch.Tensor | None = None, *, streamer: Any
         and no input_ids, the answer alone.
     Raises: TypeError, ValueError naming the argument.
     """
+    for method in ("put", "end") if streamer is not None else ():
+        if not callable(getattr(streamer, method, None)):
+            raise TypeError(f"streamer: expected an object with put(tokens) and end(), got {type(streamer).__name__}")
     steps = []
     for tokens in stream(model, input_ids, **options):
         steps.append(tokens)
@@ -118,15 +125,21 @@ def stream(
     """`generate` as an iterator: yields [B] int64 for each step, the pad id for a sequence that has ended."""
     defaults = model.config.generation
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_return_sequences", num_return_sequences, 1)):
+        _expect(name, value, Integral, "an int")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if eos_token_id is None:
         ends = defaults.eos_token_id
     else:
-        ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        ends = (eos_token_id,) if isinstance(eos_token_id, (Integral, str)) else tuple(eos_token_id)
+        for end in ends:
+            _expect("eos_token_id", end, Integral, "an int or a list of them")
+    if cache is not None:
+        _check_cache(cache, model)
     pad = defaults.pad_token_id if defaults.pad_token_id is not None else (ends[0] if ends else 0)
     generator = None
     if seed is not None:
+        _expect("seed", seed, Integral, "an int")
         generator = torch.Generator(model.device).manual_seed(seed)
     sampling = Sampling(
         do_sample=_or(do_sample, defaults.do_sample),
@@ -141,6 +154,26 @@ def stream(
         model, input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids,
         pixel_values, pixel_values_videos, cache, num_return_sequences, max_new_tokens, sampling, ends, pad,
     )  # fmt: skip
+
+
+def _expect(name: str, value: Any, kind: type, words: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {words}, got {type(value).__name__}")
+
+
+def _check_cache(cache: Any, model: Any) -> None:
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
+    text, keys = model.config.text, cache.keys[0]
+    wanted = (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
+    got = (len(cache.keys), *keys.shape[2:])
+    if got != wanted:
+        raise ValueError(
+            f"cache: expected {wanted[0]} layers of [B, S, {wanted[1]}, {wanted[2]}] as the model has, got {got[0]} of "
+            f"[B, S, {got[1]}, {got[2]}]"
+        )
+    if keys.dtype != model.dtype or keys.device != model.device:
+        raise TypeError(f"cache: expected {model.dtype} on {model.device} like the model, got {keys.dtype} on {keys.device}")
 
 
 def _or(value: Any, default: Any) -> Any:

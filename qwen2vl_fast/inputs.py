@@ -58,7 +58,15 @@ def pack(
 
     Raises TypeError, ValueError naming the argument, what was expected and what came.
     """
-    shape = _batch_shape(input_ids, inputs_embeds)
+    for name, x in (
+        ("input_ids", input_ids), ("inputs_embeds", inputs_embeds), ("attention_mask", attention_mask),
+        ("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw),
+        ("mm_token_type_ids", mm_token_type_ids), ("position_ids", position_ids),
+    ):  # fmt: skip
+        check_tensor(name, x)
+    shape = _batch_shape(input_ids, inputs_embeds, config.text.hidden_size)
+    if offsets is not None and len(offsets) != shape[0]:
+        raise ValueError(f"cache: holds {len(offsets)} sequences, but the input has {shape[0]}")
     for name, x in (("attention_mask", attention_mask), ("mm_token_type_ids", mm_token_type_ids)):
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)} like the input, got {list(x.shape)}")
@@ -111,7 +119,12 @@ def pack(
     )
 
 
-def _batch_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+def check_tensor(name: str, x: object) -> None:
+    if x is not None and not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def _batch_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int) -> tuple[int, int]:
     if input_ids is None and inputs_embeds is None:
         raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
     if input_ids is not None:
@@ -122,8 +135,8 @@ def _batch_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     if inputs_embeds is not None:
         if not inputs_embeds.is_floating_point():
             raise TypeError(f"inputs_embeds: expected a floating dtype, got {inputs_embeds.dtype}")
-        if inputs_embeds.dim() != 3 or inputs_embeds.numel() == 0:
-            raise ValueError(f"inputs_embeds: expected [B, S, E], got shape {list(inputs_embeds.shape)}")
+        if inputs_embeds.dim() != 3 or inputs_embeds.numel() == 0 or inputs_embeds.shape[2] != width:
+            raise ValueError(f"inputs_embeds: expected [B, S, {width}], got shape {list(inputs_embeds.shape)}")
         if input_ids is not None and inputs_embeds.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"inputs_embeds: expected {list(input_ids.shape)} positions like input_ids, got {list(inputs_embeds.shape[:2])}"
@@ -133,6 +146,8 @@ def _batch_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
 
 
 def _given_positions(position_ids, shape, real, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"position_ids: expected int32 or int64, got {position_ids.dtype}")
     if position_ids.dim() == 2:
         position_ids = position_ids.expand(3, -1, -1)
     if tuple(position_ids.shape) != (3, *shape):
@@ -146,6 +161,7 @@ def _given_positions(position_ids, shape, real, offsets) -> tuple[torch.Tensor, 
 
 def check_pixels(name: str, pixel_values: torch.Tensor | None, patches: int, config: Config) -> None:
     """Holds patch rows against the number of patches of their grids."""
+    check_tensor(name, pixel_values)
     if pixel_values is None:
         if patches:
             raise ValueError(f"{name}: the grids ask for {patches} patch rows, but no pixels were given")

@@ -94,11 +94,16 @@ class Qwen2VL(nn.Module):
             backend: prefer this backend for every op that it has (see `backends()`); None = the fastest.
             max_pack_patches: patches that go through the tower at once, default 131072; more images make more packs.
             revision: a branch, tag or commit of the repository.
-        Raises: FileNotFoundError, ValueError for a missing file, an unsupported config value, or tensors that don't fit.
+        Raises: FileNotFoundError, ValueError for a missing file, an unsupported config value, or tensors that don't fit;
+            TypeError, RuntimeError for a dtype, device or backend that can't be.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device: expected one that this machine has, got {str(device)!r}; torch sees no CUDA device")
         directory = _local_folder(path_or_repo_id, revision)
         config = Config.from_pretrained(directory)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with torch.device("meta"):
             model = cls(config, backend=backend, max_pack_patches=max_pack_patches)
         weights.load_parameters(model, directory, tied=config.tie_word_embeddings, device=device, dtype=dtype or config.dtype)
@@ -108,12 +113,12 @@ class Qwen2VL(nn.Module):
     @classmethod
     def from_transformers(cls, hf_model: nn.Module) -> Qwen2VL:
         """Wraps a transformers Qwen2VLForConditionalGeneration: the same Parameter objects, nothing copied."""
+        head = getattr(hf_model, "lm_head", None)
+        if head is None or not hasattr(hf_model, "config"):
+            raise TypeError(f"hf_model: expected a Qwen2VLForConditionalGeneration, got {type(hf_model).__name__}")
         raw = hf_model.config.to_dict()
         generation_config = getattr(hf_model, "generation_config", None)
         config = Config.from_dict(raw, generation_config.to_dict() if generation_config is not None else None)
-        head = getattr(hf_model, "lm_head", None)
-        if head is None:
-            raise TypeError(f"hf_model: expected a Qwen2VLForConditionalGeneration, got {type(hf_model).__name__}")
         tied = head.weight is hf_model.get_input_embeddings().weight
         if tied != config.tie_word_embeddings:
             raise ValueError(f"hf_model: tie_word_embeddings is {config.tie_word_embeddings}, but the weights say {tied}")
@@ -164,6 +169,8 @@ class Qwen2VL(nn.Module):
             logits_to_keep: logits of the last n positions only; 0 = all.
         Raises: TypeError, ValueError naming the argument, what was expected and what came.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: expected 0 (all) or a positive number, got {logits_to_keep}")
         packed = self._pack(
             input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids
         )
@@ -237,7 +244,7 @@ class Qwen2VL(nn.Module):
             video_grid_thw=video_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
             position_ids=position_ids,
-            offsets=list(zip(cache.lengths, cache.deltas, strict=True)) if cache is not None and any(cache.lengths) else None,
+            offsets=None if cache is None else list(zip(cache.lengths, cache.deltas, strict=True)),
         )
 
     def _hidden(self, packed, input_ids, inputs_embeds, pixel_values, pixel_values_videos, cache=None) -> torch.Tensor:
