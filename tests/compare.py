@@ -129,8 +129,12 @@ def evaluate(function: Callable, call: Call, upstream: Sequence[Tensor | None] |
     leaves = {name: x.detach().requires_grad_() for name, x in call.tensors.items()}
     result = function(**leaves, **call.rest)
     outputs = result if isinstance(result, tuple) else (result,)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None]
-    grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None and o.requires_grad]
+    if pairs:  # a tensor that is not reached has the gradient 0, and so have all where nothing is computed
+        wanted = {"allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], **wanted)
+    else:
+        grads = [torch.zeros_like(x) for x in leaves.values()]
     return tuple(o.detach() for o in outputs), dict(zip(leaves, grads, strict=True))
 
 

@@ -1,0 +1,119 @@
+"""Cross entropy without logits in memory."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen2vl_fast import ops, reference
+from qwen2vl_fast.ops import loss
+from tests.compare import Call, judge, same_bits
+from tests.test_ops_every import dtypes, usable
+from tests.test_ops_rope import randn
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def inputs(rows: int, vocabulary: int = 50, width: int = 24, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    labels = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(rows)).to(device)
+    return randn(rows, width, device=device, dtype=dtype), randn(vocabulary, width, seed=1, device=device, dtype=dtype), labels
+
+
+def check_chunks(dtype: torch.dtype, chunk_rows: int, device: str = "cpu", ops=ops, module=loss) -> None:
+    """Any number of rows a chunk, the last one shorter: still the definition, gradients included."""
+    hidden, weight, labels = inputs(37, device=device, dtype=dtype)
+    labels[::5] = -100
+    before = module._CHUNK_BYTES
+    module._CHUNK_BYTES = chunk_rows * 4 * weight.shape[0]
+    try:
+        function = functools.partial(ops.linear_cross_entropy, backend="torch")
+        call = Call({"hidden": hidden, "weight": weight}, {"labels": labels})
+        judge(function, reference.linear_cross_entropy, call, name=f"chunks of {chunk_rows}")
+    finally:
+        module._CHUNK_BYTES = before
+
+
+@dtypes
+@pytest.mark.parametrize("chunk_rows", [1, 8, 36, 37, 1000])
+def test_chunks(dtype, chunk_rows, device):
+    check_chunks(dtype, chunk_rows, device)
+
+
+@dtypes
+def test_ignored_rows(dtype, device):
+    """They count for nothing: not in the mean, no gradient, and what they hold can't be seen."""
+    hidden, weight, labels = inputs(12, device=device, dtype=dtype)
+    labels[3:6] = -7
+    for backend in usable("linear_cross_entropy", device):
+        leaf = hidden.detach().requires_grad_()
+        value = ops.linear_cross_entropy(leaf, weight, labels, ignore_index=-7, backend=backend)
+        (grad,) = torch.autograd.grad(value, leaf)
+        assert not grad[3:6].any() and grad[:3].any()
+        other = hidden.clone()
+        other[3:6] = 100
+        assert same_bits(ops.linear_cross_entropy(other, weight, labels, ignore_index=-7, backend=backend), value.detach())
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_counts(rows, device):
+    """The mean of nothing is nan, and it moves no weight."""
+    hidden, weight, _ = inputs(rows, device=device)
+    labels = torch.full((rows,), -100, device=device)
+    for backend in usable("linear_cross_entropy", device):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        value = ops.linear_cross_entropy(*leaves, labels, backend=backend)
+        assert value.isnan() and value.shape == ()
+        for grad in torch.autograd.grad(value, leaves):
+            assert not grad.any()
+
+
+def test_a_certain_answer_costs_nothing(device):
+    """Logits far apart: the loss is exactly 0, not the rounding of a large log-sum-exp."""
+    weight = torch.eye(8, device=device) * 32
+    hidden = torch.eye(8, device=device) * 32
+    for backend in usable("linear_cross_entropy", device):
+        assert ops.linear_cross_entropy(hidden, weight, torch.arange(8, device=device), backend=backend) == 0
+        value = ops.linear_cross_entropy(hidden, weight, (torch.arange(8, device=device) + 1) % 8, backend=backend)
+        assert value == 1024
+
+
+def test_upstream_gradient_scales(device):
+    hidden, weight, labels = inputs(9, device=device)
+    for backend in usable("linear_cross_entropy", device):
+        leaf = hidden.requires_grad_()
+        one, four = (
+            torch.autograd.grad(ops.linear_cross_entropy(leaf, weight, labels, backend=backend) * factor, leaf)[0]
+            for factor in (1, 4)
+        )
+        assert same_bits(one * 4, four)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_logits_in_memory(monkeypatch, device):
+    """Forward and backward of 400 rows and 1000 words never hold [T, V]; the implementations are watched directly."""
+    hidden, weight, labels = inputs(400, vocabulary=1000, device=device)
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 16 * 4 * 1000)
+    with Largest() as largest:
+        value, lse = loss._loss_impl(hidden, weight, labels, -100)
+        loss._loss_backward_impl(torch.ones_like(value), hidden, weight, labels, lse, -100)
+    assert largest.elements <= max(16 * 1000, weight.numel())
+    with Largest() as control:
+        reference.linear_cross_entropy(hidden, weight, labels)
+    assert control.elements == 400 * 1000

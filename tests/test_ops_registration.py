@@ -1,0 +1,277 @@
+"""Registration with torch: opcheck, gradcheck, torch.compile without recompiling, and who is chosen to run what."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from qwen2vl_fast import ops
+from qwen2vl_fast.ops.backends import BACKENDS, OPS, check_backend, choose, unusable, using
+from qwen2vl_fast.reference import inverse_frequencies
+from tests.compare import same_bits
+from tests.test_ops_rope import randn
+from tests.test_reference import GRADCHECK, check_gradients
+
+module = importlib.import_module("qwen2vl_fast.ops.backends")  # the attribute of ops is the function of that name
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
+    """Arguments for every registered op, as torch.ops.qwen2vl_fast.<name> takes them."""
+
+    def leaf(*size: int) -> torch.Tensor:
+        return randn(*size, device=device).requires_grad_()
+
+    def whole(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    q, k, v = randn(9, 4, 16, device=device), randn(9, 2, 16, device=device), randn(9, 2, 16, seed=1, device=device)
+    bounds = whole(0, 4, 4, 9)
+    ids = torch.arange(27, device=device).view(3, 9)
+    rotary = (ids, inverse_frequencies(16, 1e4).to(device), [2, 3, 3], 1.5)
+    vision = (ids[:2], inverse_frequencies(8, 1e4).to(device))
+    labels = whole(0, 4, -100, 2, dtype=torch.int64)
+    out, lse = torch.ops.qwen2vl_fast.varlen_attention(q, k, v, bounds, bounds, 0.25, False)
+    loss, loss_lse = torch.ops.qwen2vl_fast.linear_cross_entropy(randn(4, 6, device=device), randn(5, 6, device=device), labels, -100)
+    return {
+        "mrope": [(leaf(9, 4, 16), leaf(9, 2, 16), *rotary, 1.0), (leaf(9, 6, 16)[:, :4], leaf(9, 1, 16), *rotary, -1.0)],
+        "vision_rope": [(leaf(9, 2, 16), leaf(9, 2, 16), *vision, 1.0)],
+        "mrope_": [(q.clone(), k.clone(), *rotary)],
+        "vision_rope_": [(q.clone(), k.clone(), *vision)],
+        "rms_norm": [(leaf(3, 8), leaf(8), 1e-6), (leaf(2, 3, 8), leaf(8), 1e-6), (leaf(8, 3).T, leaf(8), 1e-6)],
+        "add_rms_norm": [(leaf(3, 8), leaf(3, 8), leaf(8), 1e-6)],
+        "layer_norm": [(leaf(3, 8), leaf(8), leaf(8), 1e-6), (leaf(8, 3).T, leaf(8), leaf(8), 1e-6)],
+        "add_layer_norm": [(leaf(3, 8), leaf(3, 8), leaf(8), leaf(8), 1e-6)],
+        "quick_gelu": [(leaf(3, 8), leaf(8)), (leaf(3, 8), None)],
+        "gelu": [(leaf(3, 8), leaf(8)), (leaf(8, 3).T, None)],
+        "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
+        "varlen_attention": [(*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, c) for c in (True, False)],
+        "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
+        "patchify": [(torch.zeros(2, 28, 56, 3, dtype=torch.uint8, device=device), d) for d in (torch.float32, torch.float16)],
+        "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
+        "linear_cross_entropy_backward": [
+            (torch.ones_like(loss), randn(4, 6, device=device), randn(5, 6, device=device), labels, loss_lse, -100)
+        ],
+        "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],
+    }
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("qwen2vl_fast::")}
+
+
+def test_every_registered_op_is_checked():
+    """A new op needs a line in raw_calls."""
+    assert registered() == set(raw_calls())
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_opcheck(name, device):
+    for arguments in raw_calls(device)[name]:
+        torch.library.opcheck(getattr(torch.ops.qwen2vl_fast, name).default, arguments)
+
+
+@pytest.mark.parametrize("op", GRADCHECK)
+def test_gradcheck(op):
+    """Finite differences in float64 through the torch backend."""
+    check_gradients(ops, op, backend="torch")
+
+
+def calls(length: int, device: str = "cpu") -> dict[str, tuple]:
+    """op -> (function of tensors, tensors); only the number of tokens, segments' lengths or frames follows `length`."""
+
+    def x(*size: int) -> torch.Tensor:
+        return randn(*size, device=device).requires_grad_()
+
+    ids = torch.arange(3 * length, device=device).view(3, length)
+    bounds = torch.tensor([0, 4, length // 2, length], dtype=torch.int32, device=device)
+    pixels = torch.zeros(length, 28, 56, 3, dtype=torch.uint8, device=device)
+    weight, bias = x(64), x(64)
+    frozen = randn(length, 2, 80, device=device)
+
+    def in_place(q, k, p):
+        q, k = q.clone(), k.clone()
+        ops.vision_rope_(q, k, p)
+        return q, k
+
+    return {
+        "mrope": (lambda q, k, p: ops.mrope(q, k, p), x(length, 4, 128), x(length, 2, 128), ids),
+        "vision_rope": (lambda q, k, p: ops.vision_rope(q, k, p), x(length, 2, 80), x(length, 2, 80), ids[:2]),
+        "vision_rope_": (in_place, frozen, frozen + 1, ids[:2]),
+        "rms_norm": (lambda a, w: ops.rms_norm(a, w, eps=1e-6), x(length, 64), weight),
+        "add_rms_norm": (lambda a, b, w: ops.rms_norm(a, w, eps=1e-6, residual=b), x(length, 64), x(length, 64), weight),
+        "layer_norm": (lambda a, w, b: ops.layer_norm(a, w, b, eps=1e-6), x(length, 64), weight, bias),
+        "add_layer_norm": (lambda a, w, b: ops.layer_norm(a, w, b, eps=1e-6, residual=a * 2), x(length, 64), weight, bias),
+        "merge_patches": (lambda a, w, b: ops.merge_patches(a, w, b), x(length, 64), weight, bias),
+        "quick_gelu": (lambda a, b: ops.quick_gelu(a, b), x(length, 64), bias),
+        "gelu": (lambda a, b: ops.gelu(a, b), x(length, 64), bias),
+        "swiglu": (lambda a: ops.swiglu(a), x(length, 64)),
+        "varlen_attention": (
+            lambda q, k, v, c: ops.varlen_attention(q, k, v, c, max_seqlen=1024, causal=True),
+            *(x(length, heads, 80) for heads in (4, 2, 2)),
+            bounds,
+        ),
+        "patchify": (lambda f: ops.patchify(f), pixels),
+        "linear_cross_entropy": (
+            lambda h, w, t: ops.linear_cross_entropy(h, w, t), x(length, 16), x(30, 16), torch.arange(length, device=device) % 30
+        ),
+    }  # fmt: skip
+
+
+def _with_gradients(function, tensors) -> list[torch.Tensor]:
+    out = function(*tensors)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,))]
+    leaves = [t for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad([o.sum() for o in outs], leaves) if leaves else ()
+    return [o.detach() for o in outs] + list(grads)
+
+
+@pytest.mark.parametrize("op", calls(8))
+def test_compile(op, device):
+    """fullgraph, forward and backward; three lengths, one graph; the bits of eager mode."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(calls(8)[op][0], fullgraph=True, dynamic=True, backend=counter)
+    for length in (12, 20, 36):
+        function, *tensors = calls(length, device)[op]
+        with torch._dynamo.config.patch(error_on_recompile=length != 12):
+            got = _with_gradients(compiled, tensors)
+        first = counter.frame_count if length == 12 else first  # two where dynamo starts again for a float argument
+        for a, b in zip(got, _with_gradients(function, tensors), strict=True):
+            assert same_bits(a, b)
+    assert 1 <= counter.frame_count == first
+
+
+@pytest.mark.full
+def test_inductor(device):
+    """The default compiler, once: a block's worth of ops in one graph."""
+    torch._dynamo.reset()
+
+    def block(x, w, ids, bounds):
+        y, total = ops.rms_norm(x, w, eps=1e-6, residual=x)
+        q, k = ops.vision_rope(y.unflatten(1, (2, 80)), y.unflatten(1, (2, 80)), ids)
+        return ops.swiglu(ops.varlen_attention(q, k, k, bounds, max_seqlen=64).flatten(1)).sum() + total.sum()
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for length in (16, 24):
+        x, w = (randn(*s, device=device).requires_grad_() for s in ((length, 160), (160,)))
+        ids = torch.arange(2 * length, device=device).view(2, -1)
+        bounds = torch.tensor([0, 8, length], dtype=torch.int32, device=device)
+        got, plain = (torch.autograd.grad(f(x, w, ids, bounds), (x, w)) for f in (compiled, block))
+        for a, b in zip(got, plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_table():
+    table = ops.backends()
+    assert list(table) == list(OPS)
+    for op, row in table.items():
+        assert list(row) == list(BACKENDS)
+        assert row["torch"] is None
+        assert all(reason is None or (isinstance(reason, str) and len(reason) > 8) for reason in row.values()), op
+    text = str(table)
+    for op, row in table.items():
+        assert op in text.splitlines()
+        for name, reason in row.items():
+            assert f"  {name:<7} {reason or 'usable'}" in text
+
+
+def test_the_table_names_every_op():
+    """Whatever ops/ exports can be asked for."""
+    assert set(OPS) == set(ops.__all__) - {"backends"}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explicit_backend(op, backend):
+    """Runs, or raises with the reason that the table gives; never another one in silence."""
+    reason = unusable(op, backend, "cpu")
+    if reason is None:
+        assert choose(op, backend, CPU) == backend
+        return
+    with pytest.raises(RuntimeError) as raised:
+        choose(op, backend, CPU)
+    assert str(raised.value) == f"backend {backend!r} can't run {op}: {reason}"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of cuda, flash, triton, torch or None, got 'cudnn'"):
+        ops.swiglu(torch.ones(2, 4), backend="cudnn")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        check_backend("cudnn")
+
+
+@pytest.fixture
+def simulated_device(monkeypatch):
+    """A machine that says it has a CUDA device, and a process that was not warned yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_warned", False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_cpu_never_reaches_a_gpu_kernel(simulated_device, op):
+    """Fault 18: CPU tensors on a machine with a device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(op, None, CPU) == "torch"
+    for backend in ("cuda", "flash"):
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' can't run {op}: "):
+            choose(op, backend, CPU)
+
+
+def test_a_downgrade_warns_once(simulated_device, monkeypatch):
+    """A CUDA tensor that gets less than the backend made for it: one warning in a process, with the reason."""
+    monkeypatch.setattr(module, "unusable", lambda op, name, device=None: None if name == "torch" else f"{name} is missing")
+    with pytest.warns(UserWarning, match="varlen_attention runs on the torch backend: cuda is missing") as caught:
+        assert choose("varlen_attention", None, CUDA) == "torch"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("mrope", None, CUDA) == "torch"
+
+
+def test_the_fastest_is_chosen(simulated_device, monkeypatch):
+    """With everything usable the preferred backend runs and nobody is warned."""
+    monkeypatch.setattr(module, "unusable", lambda op, name, device=None: None if name in ("torch", "cuda", "triton") else "no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("varlen_attention", None, CUDA) == "cuda"
+    monkeypatch.setattr(module, "unusable", lambda op, name, device=None: None if name in ("torch", "triton") else "no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("mrope", None, CUDA) == "triton"
+
+
+def test_a_model_wide_backend(monkeypatch):
+    """`using` reaches the ops that have this backend, leaves the others their choice, and ends with its block."""
+    monkeypatch.setattr(module, "_WRITTEN", {**module._WRITTEN, "flash": ("varlen_attention",)})
+    with using("flash"):
+        with pytest.raises(RuntimeError, match="backend 'flash' can't run varlen_attention: "):
+            choose("varlen_attention", None, CPU)
+        assert choose("swiglu", None, CPU) == "torch"
+        assert choose("varlen_attention", "torch", CPU) == "torch"
+        with using(None):
+            assert choose("varlen_attention", None, CPU) == "torch"
+    assert choose("varlen_attention", None, CPU) == "torch"
+
+
+def test_a_backend_that_runs_nothing_is_refused(monkeypatch):
+    check_backend(None)
+    check_backend("torch")
+    monkeypatch.setattr(module, "unusable", lambda op, name, device=None: "it is broken")
+    with pytest.raises(RuntimeError, match="backend 'flash' can't run any op here: it is broken"):
+        check_backend("flash")
+
+
+def test_no_double_dispatch(device):
+    """At most one boundary of torch.library a call: the profiler sees one op of ours for one call of each."""
+    for op, (function, *tensors) in calls(8, device).items():
+        with torch.profiler.profile() as profile, torch.no_grad():
+            function(*tensors)
+        names = [event.name for event in profile.events() if event.name.startswith("qwen2vl_fast::")]
+        assert len(names) == 1, f"{op}: {names}"
