@@ -80,11 +80,14 @@ def mrope_position_ids(
         Values on a device are not read (no sync).
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1.
     """
+    check_tensor("input_ids", input_ids)
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected [B, S], got shape {list(input_ids.shape)}")
     if attention_mask is None:
         real = torch.ones_like(input_ids, dtype=torch.bool)
-    elif attention_mask.shape != input_ids.shape:
+    elif check_tensor("attention_mask", attention_mask).shape != input_ids.shape:
         raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(attention_mask.shape)}")
     else:
         real = attention_mask != 0
@@ -95,7 +98,7 @@ def mrope_position_ids(
         ("video", video_grid_thw, video_token_id),
     ):
         visual = (input_ids == token_id) & real
-        if grid is None or grid.shape[0] == 0:
+        if grid is None or check_tensor(f"{name}_grid_thw", grid).shape[0] == 0:
             if visual.device.type == "cpu" and visual.any():
                 raise ValueError(f"input_ids: {int(visual.sum())} {name} placeholders ({token_id}) but no {name}_grid_thw")
             continue
@@ -173,7 +176,7 @@ def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, devi
     """
     if heads < 1:
         raise ValueError(f"heads: expected a positive number, got {heads}")
-    if cu_seqlens_or_grid_thw.dim() == 2:
+    if check_tensor("cu_seqlens_or_grid_thw", cu_seqlens_or_grid_thw).dim() == 2:
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
     lengths = cu_seqlens.diff().tolist()
@@ -185,9 +188,15 @@ def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, devi
     )
 
 
+def check_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    return x
+
+
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int | None = None) -> torch.Tensor:
     """Returns cu_seqlens; checks shape and dtype always, its values on the host and outside torch.compile."""
-    if cu_seqlens.dtype != torch.int32:
+    if check_tensor(name, cu_seqlens).dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {cu_seqlens.dtype}; cast with .to(torch.int32)")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: expected [N + 1] boundaries, got shape {list(cu_seqlens.shape)}")
@@ -224,7 +233,7 @@ def check_grid(grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
 
 
 def _check_grid_shape(grid_thw: torch.Tensor) -> None:
-    if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
+    if check_tensor("grid_thw", grid_thw).is_floating_point() or grid_thw.dtype == torch.bool:
         raise TypeError(f"grid_thw: expected integers, got {grid_thw.dtype}")
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
         raise ValueError(f"grid_thw: expected [N, 3] rows of (t, h, w), got shape {list(grid_thw.shape)}")

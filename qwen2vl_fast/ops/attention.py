@@ -83,6 +83,8 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k) -> None:
         if x.stride(-1) != 1 and x.numel():
             raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}; use .contiguous()")
     checks.shape("v", v, tuple(k.shape), "k's shape")
+    if q.shape[2] == 0:
+        raise ValueError(f"q: expected a head dim of at least 1, got shape {list(q.shape)}")
     if k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k: expected head dim {q.shape[2]} and a number of heads that divides {q.shape[1]}, got shape {list(k.shape)}"

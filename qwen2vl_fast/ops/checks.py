@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
+from ..positions import check_tensor
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_BYTES = 1 << 18  # per thread; a quarter of a common L2, so that a block survives the passes made over it
 
 
 def floating(name: str, x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
+    if check_tensor(name, x).dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
@@ -42,7 +42,7 @@ def rows(name: str, x: torch.Tensor) -> None:
 
 
 def integers(name: str, x: torch.Tensor) -> None:
-    if x.dtype not in (torch.int32, torch.int64):
+    if check_tensor(name, x).dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 

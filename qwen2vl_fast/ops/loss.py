@@ -31,9 +31,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, ba
     if hidden.dim() != 2:
         raise ValueError(f"hidden: expected [T, E], got shape {list(hidden.shape)}")
     checks.same("weight", weight, "hidden", hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight: expected [V, {hidden.shape[1]}], got shape {list(weight.shape)}")
-    if labels.dtype != torch.int64:
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: expected [V, {hidden.shape[1]}] with V at least 1, got shape {list(weight.shape)}")
+    if checks.check_tensor("labels", labels).dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
     checks.shape("labels", labels, (hidden.shape[0],), "[T]")
     checks.same_device("labels", labels, "hidden", hidden)

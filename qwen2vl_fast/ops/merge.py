@@ -25,7 +25,7 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
     Precision: float32 inside (float64 for float64), one rounding at the end.
     Source: MODEL.md section 2 (merger). Definition: `reference.merge_patches`.
     """
-    checks.floating("x", x)
+    checks.rows("x", x)
     if x.dim() != 2 or x.shape[0] % 4:
         raise ValueError(f"x: expected [T, D] with T a multiple of 4, got shape {list(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):

@@ -23,7 +23,7 @@ def patchify(frames, *, dtype: torch.dtype = torch.float32, backend: str | None 
     Precision: float32 (float64 for float64) from one multiplication and one addition a value, then one rounding.
     Source: MODEL.md section 1. Definition: `reference.patchify`.
     """
-    if frames.dtype != torch.uint8:
+    if checks.check_tensor("frames", frames).dtype != torch.uint8:
         raise TypeError(f"frames: expected uint8, got {frames.dtype}")
     if frames.dim() != 4 or frames.shape[0] % 2 or frames.shape[1] % 28 or frames.shape[2] % 28 or frames.shape[3] != 3:
         raise ValueError(f"frames: expected [N, H, W, 3] with N even, H and W multiples of 28, got {list(frames.shape)}")

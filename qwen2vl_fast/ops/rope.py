@@ -109,12 +109,17 @@ def _check_positions(position_ids: torch.Tensor, q: torch.Tensor, axes: int) -> 
     checks.integers("position_ids", position_ids)
     checks.same_device("position_ids", position_ids, "q", q)
     checks.shape("position_ids", position_ids, (axes, *q.shape[:-2]), f"[{axes}, {'T' if q.dim() == 3 else 'B, S'}]")
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or position_ids.numel() == 0:
+        return
+    low, high = map(int, position_ids.aminmax())
+    if low < 0 or high >= 1 << 24:  # float32 holds every integer below
+        raise ValueError(f"position_ids: expected 0..{(1 << 24) - 1} (angles are float32), got {low if low < 0 else high}")
 
 
 def _check_table(inv_freq: torch.Tensor | None, size: int, dim: int, theta: float, device: torch.device) -> torch.Tensor:
     if inv_freq is None:
         return inverse_frequencies(dim, theta).to(device)
-    if inv_freq.dtype != torch.float32:
+    if checks.check_tensor("inv_freq", inv_freq).dtype != torch.float32:
         raise TypeError(f"inv_freq: expected float32 (a rounded table is wrong from position 256 on), got {inv_freq.dtype}")
     checks.shape("inv_freq", inv_freq, (size,), f"[{size}]")
     return inv_freq.to(device)
