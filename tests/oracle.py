@@ -139,7 +139,8 @@ def attention(
                 seen = [j for j in columns if not causal or j - columns.stop <= i - rows.stop]
                 if not seen:
                     continue
-                scores = [scale * math.fsum(a * b for a, b in zip(queries[i][h], keys[j][h // group], strict=True)) for j in seen]
+                pairs = [zip(queries[i][h], keys[j][h // group], strict=True) for j in seen]
+                scores = [scale * math.fsum(a * b for a, b in pair) for pair in pairs]
                 top = max(scores)
                 weights = [math.exp(s - top) for s in scores]
                 total = math.fsum(weights)

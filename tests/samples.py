@@ -214,7 +214,8 @@ def linear_cross_entropy(seed: int) -> Sample:
     ignore = -100 if vocabulary == 1 else ignore
     labels[labels < 0] = ignore
     segments = [{"hidden": randn(rows, width), "labels": labels}]
-    return Sample("linear_cross_entropy", segments, {"weight": randn(vocabulary, width)}, {"ignore_index": ignore}, isolated=False)
+    shared = {"weight": randn(vocabulary, width)}
+    return Sample("linear_cross_entropy", segments, shared, {"ignore_index": ignore}, isolated=False)
 
 
 SAMPLES: dict[str, Callable[[int], Sample]] = {

@@ -29,20 +29,20 @@ def packed(
 
 
 CASES = {
-    "one token": dict(lengths=[1], causal=True),
-    "one 2x2 image": dict(lengths=[4]),
-    "empty segments": dict(lengths=[0, 5, 0, 0, 3, 0]),
-    "all empty": dict(lengths=[0, 0]),
-    "no segments": dict(lengths=[]),
-    "no keys": dict(lengths=[3, 4], keys=[0, 5]),
-    "no queries": dict(lengths=[0, 4], keys=[6, 5]),
-    "no keys at all": dict(lengths=[3, 4], keys=[0, 0], causal=True),
-    "chunk": dict(lengths=[3, 1, 4], keys=[9, 7, 4], causal=True),
-    "blind rows": dict(lengths=[5, 6, 2], keys=[2, 5, 2], causal=True),
-    "blind rows, equal lengths": dict(lengths=[4, 4, 4], keys=[2, 2, 2], causal=True),
-    "equal lengths": dict(lengths=[7] * 5, causal=True),
-    "one query head a key head": dict(lengths=[6, 3], heads=2, heads_k=2, causal=True),
-    "one key head": dict(lengths=[6, 3], heads=6, heads_k=1),
+    "one token": {"lengths": [1], "causal": True},
+    "one 2x2 image": {"lengths": [4]},
+    "empty segments": {"lengths": [0, 5, 0, 0, 3, 0]},
+    "all empty": {"lengths": [0, 0]},
+    "no segments": {"lengths": []},
+    "no keys": {"lengths": [3, 4], "keys": [0, 5]},
+    "no queries": {"lengths": [0, 4], "keys": [6, 5]},
+    "no keys at all": {"lengths": [3, 4], "keys": [0, 0], "causal": True},
+    "chunk": {"lengths": [3, 1, 4], "keys": [9, 7, 4], "causal": True},
+    "blind rows": {"lengths": [5, 6, 2], "keys": [2, 5, 2], "causal": True},
+    "blind rows, equal lengths": {"lengths": [4, 4, 4], "keys": [2, 2, 2], "causal": True},
+    "equal lengths": {"lengths": [7] * 5, "causal": True},
+    "one query head a key head": {"lengths": [6, 3], "heads": 2, "heads_k": 2, "causal": True},
+    "one key head": {"lengths": [6, 3], "heads": 6, "heads_k": 1},
 }
 
 
@@ -76,7 +76,8 @@ def test_cases(name, dtype, device):
 def test_lse_has_no_gradient(device):
     tensors, bounds = packed([5, 3], device=device)
     for backend in usable("varlen_attention", device):
-        o, lse = ops.varlen_attention(*(x.requires_grad_() for x in tensors.values()), **bounds, return_lse=True, backend=backend)
+        leaves = [x.requires_grad_() for x in tensors.values()]
+        o, lse = ops.varlen_attention(*leaves, **bounds, return_lse=True, backend=backend)
         assert o.requires_grad and not lse.requires_grad
         assert not isinstance(ops.varlen_attention(*tensors.values(), **bounds, backend=backend), tuple)
 

@@ -12,7 +12,7 @@ import torch
 
 from qwen2vl_fast import ops, reference
 from qwen2vl_fast.ops.backends import BACKENDS, unusable
-from tests.compare import DTYPES, evaluate, judge, poisoned, same_bits, upstream_of
+from tests.compare import DTYPES, evaluate, judge, same_bits, upstream_of
 from tests.samples import PEERS, SAMPLES, Sample
 
 LAYOUTS = ("plain", "guarded", "strided")

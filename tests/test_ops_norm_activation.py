@@ -67,7 +67,8 @@ def check_exact_activations(dtype: torch.dtype, device: str = "cpu", ops=ops) ->
             assert torch.equal(function(x[None] - shifted, shifted)[0, 1:], function(x - shifted + shifted)[1:]), name
     gate_up = torch.cat((x, torch.full_like(x, -2)))
     for backend in usable("swiglu", device):
-        assert torch.equal(ops.swiglu(gate_up * 0.5, backend=backend)[:2], torch.tensor([0, -big / 2], device=device, dtype=dtype))
+        out = ops.swiglu(gate_up * 0.5, backend=backend)
+        assert torch.equal(out[:2], torch.tensor([0, -big / 2], device=device, dtype=dtype))
         x = gate_up.clone().requires_grad_()
         ops.swiglu(x, backend=backend).sum().backward()
         assert x.grad.isfinite().all()

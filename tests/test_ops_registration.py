@@ -36,7 +36,9 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
     vision = (ids[:2], inverse_frequencies(8, 1e4).to(device))
     labels = whole(0, 4, -100, 2, dtype=torch.int64)
     out, lse = torch.ops.qwen2vl_fast.varlen_attention(q, k, v, bounds, bounds, 0.25, False)
-    loss, loss_lse = torch.ops.qwen2vl_fast.linear_cross_entropy(randn(4, 6, device=device), randn(5, 6, device=device), labels, -100)
+    hidden, words = randn(4, 6, device=device), randn(5, 6, device=device)
+    loss, loss_lse = torch.ops.qwen2vl_fast.linear_cross_entropy(hidden, words, labels, -100)
+    frames = torch.zeros(2, 28, 56, 3, dtype=torch.uint8, device=device)
     return {
         "mrope": [(leaf(9, 4, 16), leaf(9, 2, 16), *rotary, 1.0), (leaf(9, 6, 16)[:, :4], leaf(9, 1, 16), *rotary, -1.0)],
         "vision_rope": [(leaf(9, 2, 16), leaf(9, 2, 16), *vision, 1.0)],
@@ -49,13 +51,13 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "quick_gelu": [(leaf(3, 8), leaf(8)), (leaf(3, 8), None)],
         "gelu": [(leaf(3, 8), leaf(8)), (leaf(8, 3).T, None)],
         "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
-        "varlen_attention": [(*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, c) for c in (True, False)],
-        "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
-        "patchify": [(torch.zeros(2, 28, 56, 3, dtype=torch.uint8, device=device), d) for d in (torch.float32, torch.float16)],
-        "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
-        "linear_cross_entropy_backward": [
-            (torch.ones_like(loss), randn(4, 6, device=device), randn(5, 6, device=device), labels, loss_lse, -100)
+        "varlen_attention": [
+            (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
         ],
+        "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
+        "patchify": [(frames, torch.float32), (frames, torch.float16)],
+        "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
+        "linear_cross_entropy_backward": [(torch.ones_like(loss), hidden, words, labels, loss_lse, -100)],
         "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],
     }
 
@@ -118,14 +120,16 @@ def calls(length: int, device: str = "cpu") -> dict[str, tuple]:
         ),
         "patchify": (lambda f: ops.patchify(f), pixels),
         "linear_cross_entropy": (
-            lambda h, w, t: ops.linear_cross_entropy(h, w, t), x(length, 16), x(30, 16), torch.arange(length, device=device) % 30
+            lambda h, w, t: ops.linear_cross_entropy(h, w, t),
+            *(x(rows, 16) for rows in (length, 30)),
+            torch.arange(length, device=device) % 30,
         ),
-    }  # fmt: skip
+    }
 
 
 def _with_gradients(function, tensors) -> list[torch.Tensor]:
     out = function(*tensors)
-    outs = [o for o in (out if isinstance(out, tuple) else (out,))]
+    outs = out if isinstance(out, tuple) else (out,)
     leaves = [t for t in tensors if t.requires_grad]
     grads = torch.autograd.grad([o.sum() for o in outs], leaves) if leaves else ()
     return [o.detach() for o in outs] + list(grads)
@@ -137,11 +141,12 @@ def test_compile(op, device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(calls(8)[op][0], fullgraph=True, dynamic=True, backend=counter)
+    first = None
     for length in (12, 20, 36):
         function, *tensors = calls(length, device)[op]
         with torch._dynamo.config.patch(error_on_recompile=length != 12):
             got = _with_gradients(compiled, tensors)
-        first = counter.frame_count if length == 12 else first  # two where dynamo starts again for a float argument
+        first = first or counter.frame_count  # two where dynamo starts again for a float argument
         for a, b in zip(got, _with_gradients(function, tensors), strict=True):
             assert same_bits(a, b)
     assert 1 <= counter.frame_count == first

@@ -103,9 +103,8 @@ def transformers_positions():
     """transformers' get_rope_index, which reads nothing of the model but a few numbers of its config."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-    config = SimpleNamespace(
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_config=SimpleNamespace(spatial_merge_size=2)
-    )
+    vision = SimpleNamespace(spatial_merge_size=2)
+    config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_config=vision)
     model = SimpleNamespace(config=config)
     if not OLD_TRANSFORMERS:
         model.get_vision_position_ids = functools.partial(Qwen2VLModel.get_vision_position_ids, model)
@@ -169,9 +168,10 @@ def test_decoded_tokens_continue_at_index_plus_delta():
         batch = random_batch(seed, "none")
         arguments = batch.arguments()
         _, deltas = positions.mrope_position_ids(**arguments)
-        longer = {n: x if x is None or "grid" in n else torch.cat((x, torch.ones_like(x[:, :3])), 1) for n, x in arguments.items()}
-        found, _ = positions.mrope_position_ids(**longer)
         length = arguments["input_ids"].shape[1]
+        for name in ("input_ids", "attention_mask"):
+            arguments[name] = torch.cat((arguments[name], torch.ones_like(arguments[name][:, :3])), 1)
+        found, _ = positions.mrope_position_ids(**arguments)
         for step in range(3):
             assert torch.equal(found[:, :, length + step], (length + step + deltas).expand(3, -1))
 
@@ -226,7 +226,8 @@ def test_vision(grids, device):
 def test_vision_many(device):
     rng = random.Random(0)
     for _ in range(2000):
-        check_vision([[rng.randint(1, 4), 2 * rng.randint(1, 9), 2 * rng.randint(1, 9)] for _ in range(rng.randint(0, 6))], device)
+        count = rng.randint(0, 6)
+        check_vision([[rng.randint(1, 4), 2 * rng.randint(1, 9), 2 * rng.randint(1, 9)] for _ in range(count)], device)
 
 
 def test_vision_positions_equal_transformers():
