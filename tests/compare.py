@@ -34,6 +34,8 @@ RMS = 1.25
 RMS_COUNT, FEW = 2048, 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
+# Relative errors against transformers in float64, as it is released and with its float32 casts lifted (QUALITY.md).
+PARITY = {"released": 1e-6, "lifted": 1e-10}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -97,6 +99,14 @@ def check_definition(value: Tensor, truth: Tensor, name: str = "definition") -> 
     """A float64 value, rounded to float32, is the truth (float64, from tests/oracle.py) by the floor alone."""
     assert value.dtype == truth.dtype == torch.float64, f"{name}: {value.dtype}, {truth.dtype}"
     check(value.float(), truth, [torch.zeros_like(truth)], rms=False, name=name)
+
+
+def check_parity(out: Tensor, peer: Tensor, casts: str, name: str = "output") -> None:
+    """QUALITY.md, "Peers as judges": the largest difference over the largest value, in float64."""
+    assert out.dtype == peer.dtype == torch.float64 and out.shape == peer.shape, f"{name}: {out.dtype} {list(out.shape)}"
+    assert peer.isfinite().all() and peer.any(), f"{name}: the peer's values are unfit to compare with"
+    error = ((out - peer).abs().max() / peer.abs().max()).item()
+    assert error <= PARITY[casts], f"{name}: relative error {error:.3g}, allowed {PARITY[casts]} ({casts})"
 
 
 def error(x: Tensor, ref: Tensor) -> Tensor:

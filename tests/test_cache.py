@@ -14,7 +14,7 @@ from qwen2vl_fast.cache import KVCache
 from qwen2vl_fast.config import Config
 from qwen2vl_fast.ops.attention import cache_attention
 from tests import models
-from tests.models import check_parity
+from tests.compare import check_parity
 
 CONFIG = Config.from_dict(models.CONFIGS["other widths"]).text
 HEADS, DIM, LAYERS = CONFIG.num_key_value_heads, CONFIG.head_dim, CONFIG.num_hidden_layers

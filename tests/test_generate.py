@@ -15,7 +15,8 @@ from transformers import (
 
 from qwen2vl_fast import Qwen2VL
 from tests import models
-from tests.models import GREEDY, check_parity
+from tests.compare import check_parity
+from tests.models import GREEDY
 
 ROWS = [
     [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from qwen2vl_fast import Qwen2VL
 from qwen2vl_fast.inputs import capped_packs
 from tests import models
-from tests.compare import bounds_of, check, error, same_bits
-from tests.models import PARITY, check_parity
+from tests.compare import PARITY, bounds_of, check, check_parity, error, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from qwen2vl_fast import Qwen2VL, positions
 from qwen2vl_fast.media import preprocess_images
 from tests import models
-from tests.compare import check, error
-from tests.models import check_parity, pair, picture
+from tests.compare import check, check_parity, error
+from tests.models import pair, picture
 from tests.preprocessing import ImageJudge
 
 # Sequences by what they hold. No video here has more frame pairs than its merged grid has rows or columns: see test_long_video.

@@ -14,8 +14,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from qwen2vl_fast import Qwen2VL, weights
 from tests import models
-from tests.compare import same_bits
-from tests.models import check_parity, write_checkpoint
+from tests.compare import check_parity, same_bits
+from tests.models import write_checkpoint
 
 ROWS = [[("text", 3), ("image", 4, 6), ("text", 2), ("video", 2, 4, 4)], [("text", 4)]]
 INDEX = "model.safetensors.index.json"

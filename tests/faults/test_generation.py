@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qwen2vl_fast import Qwen2VL
 from tests import models
-from tests.models import GREEDY, check_parity, empty_cache, pair
+from tests.compare import check_parity
+from tests.models import GREEDY, empty_cache, pair
 
 MIXED = [
     [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],

@@ -11,8 +11,8 @@ from torch import nn
 
 from qwen2vl_fast import Qwen2VL, config
 from tests import models
-from tests.compare import check, error
-from tests.models import GREEDY, check_parity, empty_cache, pair
+from tests.compare import check, check_parity, error
+from tests.models import GREEDY, empty_cache, pair
 
 backends = importlib.import_module("qwen2vl_fast.ops.backends")  # the package has a function of that name
 
