@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen2vl_fast import ops, reference
+from qwen2vl_fast.ops import checks
 from qwen2vl_fast.ops.backends import BACKENDS, unusable
 from tests.compare import DTYPES, evaluate, judge, same_bits, upstream_of
 from tests.samples import PEERS, SAMPLES, Sample
@@ -42,17 +43,6 @@ def check_rule(kind: str, seed: int, dtype: torch.dtype, device: str = "cpu", la
         judge(run, definition, call, peers=PEERS.get(kind, ()), without=sample.without, seed=seed, name=name)
         for guard in guards:
             guard.check(name)
-
-
-def _run(sample: Sample, dtype: torch.dtype, device: str, backend: str, ops=ops, rows: int | None = None):
-    """Outputs, and gradients for upstream gradients that are rows of the same tensors in every call."""
-    call, _ = sample.call(dtype, device)
-
-    def op(**arguments):
-        return getattr(ops, sample.op)(**arguments, backend=backend)
-
-    outputs, _ = evaluate(op, call)
-    return call, op, outputs
 
 
 def check_isolation(kind: str, seed: int, dtype: torch.dtype, device: str = "cpu", ops=ops) -> None:
@@ -128,6 +118,25 @@ def check_determinism(kind: str, seed: int, dtype: torch.dtype, device: str = "c
             assert all(same_bits(one[n], two[n]) for n in one), f"{kind} seed {seed} {dtype} {backend}: gradients differ"
 
 
+def check_blocks(kind: str, seed: int, dtype: torch.dtype, ops=ops, module=checks) -> None:
+    """The torch backend works in blocks of rows: however small they are, the bits are the same."""
+    sample = SAMPLES[kind](seed)
+    call, _ = sample.call(dtype)
+
+    def op(**arguments):
+        return getattr(ops, sample.op)(**arguments, backend="torch")
+
+    expected, _ = evaluate(op, call)
+    before = module._BLOCK_BYTES
+    try:
+        for size in (1, 3000, 9000):
+            module._BLOCK_BYTES = size
+            outputs, _ = evaluate(op, call)
+            assert all(map(same_bits, outputs, expected)), f"{kind} seed {seed} {dtype} blocks of {size} bytes"
+    finally:
+        module._BLOCK_BYTES = before
+
+
 def sweep(check, seeds, **arguments) -> None:
     """check(seed=...) for many seeds; a failure says how to run its seed alone."""
     for seed in seeds:
@@ -158,6 +167,12 @@ def test_isolation(kind, dtype, device):
 @dtypes
 def test_determinism(kind, dtype, device):
     sweep(check_determinism, range(2), kind=kind, dtype=dtype, device=device)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks(kind, dtype):
+    sweep(check_blocks, range(6), kind=kind, dtype=dtype)
 
 
 @pytest.mark.full

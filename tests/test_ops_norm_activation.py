@@ -126,8 +126,7 @@ def test_any_strides(op, dtype, device):
                 assert same_bits(out, expected[0]) and same_bits(grad, expected[1]), (values.stride(), upstream.stride())
 
 
-@pytest.mark.parametrize("op", [*POINTWISE, "rms_norm", "layer_norm"])
-def test_parameter_gradients_of_permuted_upstreams(op, device):
+def check_permuted_upstream(op: str, device: str = "cpu", ops=ops) -> None:
     """bias and weight get their gradient whatever the layout (a view of a permuted product raised here once)."""
     x = randn(4, 6, 32, device=device).transpose(0, 1).requires_grad_()
     parameters = [randn(32, seed=i, device=device).requires_grad_() for i in range(2)]
@@ -142,6 +141,11 @@ def test_parameter_gradients_of_permuted_upstreams(op, device):
         strict=True,
     ):
         assert same_bits(got, plain)
+
+
+@pytest.mark.parametrize("op", [*POINTWISE, "rms_norm", "layer_norm"])
+def test_parameter_gradients_of_permuted_upstreams(op, device):
+    check_permuted_upstream(op, device)
 
 
 @dtypes

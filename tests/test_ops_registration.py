@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 
 from qwen2vl_fast import ops
-from qwen2vl_fast.ops.backends import BACKENDS, OPS, check_backend, choose, unusable, using
+from qwen2vl_fast.ops.backends import BACKENDS, OPS, check_backend, choose, using
 from qwen2vl_fast.reference import inverse_frequencies
 from tests.compare import same_bits
 from tests.test_ops_rope import randn
@@ -191,17 +191,21 @@ def test_the_table_names_every_op():
     assert set(OPS) == set(ops.__all__) - {"backends"}
 
 
+def check_explicit_backend(op: str, backend: str, module=module) -> None:
+    """Runs, or raises with the reason that the table gives; never another one in silence."""
+    reason = module.unusable(op, backend, "cpu")
+    if reason is None:
+        assert module.choose(op, backend, CPU) == backend
+        return
+    with pytest.raises(RuntimeError) as raised:
+        module.choose(op, backend, CPU)
+    assert str(raised.value) == f"backend {backend!r} can't run {op}: {reason}"
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explicit_backend(op, backend):
-    """Runs, or raises with the reason that the table gives; never another one in silence."""
-    reason = unusable(op, backend, "cpu")
-    if reason is None:
-        assert choose(op, backend, CPU) == backend
-        return
-    with pytest.raises(RuntimeError) as raised:
-        choose(op, backend, CPU)
-    assert str(raised.value) == f"backend {backend!r} can't run {op}: {reason}"
+    check_explicit_backend(op, backend)
 
 
 def test_unknown_backend():

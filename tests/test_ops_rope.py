@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_fast import ops, reference
+from qwen2vl_fast.ops import checks
 from tests import oracle
 from tests.compare import HALVES, check, check_pair_units, error, guard, same_bits
 from tests.samples import SAMPLES, mrope, vision_rope
@@ -118,9 +119,7 @@ def test_position_dtypes_and_default_table(op, device):
         assert same_bits(run(positions, inv_freq=table), expected)
 
 
-@dtypes
-@pytest.mark.parametrize("kind", IN_PLACE)
-def test_in_place(kind, dtype, device):
+def check_in_place(kind: str, dtype: torch.dtype, device: str = "cpu", ops=ops) -> None:
     """The same bits as the functional op, None, and nothing else written: not k's neighbours in a fused qkv, not v."""
     for seed in range(8):
         sample = SAMPLES[kind](seed)
@@ -135,6 +134,27 @@ def test_in_place(kind, dtype, device):
                 for n, g in guards.items():
                     views[n].copy_(call.tensors[n])
                     g.check(f"{kind} {n} seed {seed}")
+
+
+@dtypes
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_in_place(kind, dtype, device):
+    check_in_place(kind, dtype, device)
+
+
+def check_in_place_blocks(ops=ops, module=checks) -> None:
+    """In blocks of one row: a row that two blocks shared would be turned twice."""
+    before = module._BLOCK_BYTES
+    module._BLOCK_BYTES = 1
+    try:
+        for kind in IN_PLACE:
+            check_in_place(kind, torch.float32, ops=ops)
+    finally:
+        module._BLOCK_BYTES = before
+
+
+def test_in_place_blocks():
+    check_in_place_blocks()
 
 
 def fused(dtype: torch.dtype, device: str, tokens: int = 37, heads: int = 3, dim: int = 80) -> torch.Tensor:
