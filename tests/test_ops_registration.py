@@ -51,6 +51,8 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "quick_gelu": [(leaf(3, 8), leaf(8)), (leaf(3, 8), None)],
         "gelu": [(leaf(3, 8), leaf(8)), (leaf(8, 3).T, None)],
         "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
+        "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), torch.randperm(8, device=device), 1e-6)],
+        **dict.fromkeys(("norm_backward", "activation_backward", "swiglu_backward"), []),  # kernels alone: tests/interpreted
         "varlen_attention": [
             (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
         ],

@@ -22,8 +22,7 @@ def quick_gelu(x, bias=None, *, backend: str | None = None):
     Precision: float32 inside (float64 for float64), one rounding at the end.
     Source: MODEL.md section 2. Definition: `reference.quick_gelu`.
     """
-    _check("quick_gelu", x, bias, backend)
-    return _quick_gelu(x, bias)
+    return _quick_gelu(x, bias, _check("quick_gelu", x, bias, backend))
 
 
 def gelu(x, bias=None, *, backend: str | None = None):
@@ -31,8 +30,7 @@ def gelu(x, bias=None, *, backend: str | None = None):
 
     Arguments, result, errors and precision as `quick_gelu`. Source: MODEL.md section 2 (merger). Definition: `reference.gelu`.
     """
-    _check("gelu", x, bias, backend)
-    return _gelu(x, bias)
+    return _gelu(x, bias, _check("gelu", x, bias, backend))
 
 
 def swiglu(gate_up, *, backend: str | None = None):
@@ -49,16 +47,15 @@ def swiglu(gate_up, *, backend: str | None = None):
     checks.rows("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dim 2F, got shape {list(gate_up.shape)}")
-    choose("swiglu", backend, gate_up.device)
-    return _swiglu(gate_up)
+    return _swiglu(gate_up, choose("swiglu", backend, gate_up.device))
 
 
-def _check(op: str, x, bias, backend) -> None:
+def _check(op: str, x, bias, backend) -> str:
     checks.rows("x", x)
     if bias is not None:
         checks.same("bias", bias, "x", x)
         checks.shape("bias", bias, (x.shape[-1],), "[F]")
-    choose(op, backend, x.device)
+    return choose(op, backend, x.device)
 
 
 def _inverse_sigmoid(z, slope=1.0):
@@ -88,10 +85,14 @@ def _gelu_slope(z):
     return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
 
 
-def _pointwise(function):
+def _pointwise(function, is_quick):
     """function(x + bias), one cache-sized block of rows at a time, so that its passes don't go to memory."""
 
-    def implementation(x, bias):
+    def implementation(x, bias, backend="torch"):
+        if backend == "triton":
+            from ..kernels import activation as kernel
+
+            return kernel.launch(x, bias, is_quick)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, rows_out = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -103,42 +104,75 @@ def _pointwise(function):
     return implementation
 
 
-def _pointwise_backward(slope):
+def _pointwise_backward(slope, is_quick):
     def backward(ctx, grad):
         x, bias = ctx.saved_tensors
+        if ctx.backend == "triton":
+            grad_x, grad_bias = _launched_backward(grad, x, bias, is_quick)
+            return grad_x, None if bias is None else grad_bias, None
         compute = torch.promote_types(x.dtype, torch.float32)
         z = x.to(compute) if bias is None else x.to(compute) + bias
         grad_z = grad.to(compute) * slope(z)
-        return grad_z.to(x.dtype), None if bias is None else grad_z.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+        grad_bias = None if bias is None else grad_z.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+        return grad_z.to(x.dtype), grad_bias, None
 
     return backward
 
 
+def _launch_backward(grad, x, bias, is_quick):
+    from ..kernels import activation as kernel
+
+    grad_x, grad_bias = kernel.launch_backward(grad, x, bias, is_quick)
+    return grad_x, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _launch_swiglu_backward(grad, gate_up):
+    from ..kernels import activation as kernel
+
+    return kernel.launch_swiglu_backward(grad, gate_up)
+
+
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _fake(x, bias):
+def _fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+# The kernels' backward passes are ops of their own: under torch.compile a backward is traced with fake tensors.
+_launched_backward = define(
+    "activation_backward(Tensor grad, Tensor x, Tensor? bias, bool is_quick) -> (Tensor, Tensor)",
+    _launch_backward,
+    lambda grad, x, bias, is_quick: (_fake(x), x.new_empty(0) if bias is None else torch.empty_like(bias)),
+)
+_launched_swiglu_backward = define(
+    "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor", _launch_swiglu_backward, lambda grad, gate_up: _fake(gate_up)
+)
+
+
 _quick_gelu = define(
-    "quick_gelu(Tensor x, Tensor? bias) -> Tensor",
-    _pointwise(_quick_gelu_rows),
+    "quick_gelu(Tensor x, Tensor? bias, str backend='torch') -> Tensor",
+    _pointwise(_quick_gelu_rows, True),
     _fake,
     setup_context=_save,
-    backward=_pointwise_backward(_quick_gelu_slope),
+    backward=_pointwise_backward(_quick_gelu_slope, True),
 )
 _gelu = define(
-    "gelu(Tensor x, Tensor? bias) -> Tensor",
-    _pointwise(_gelu_rows),
+    "gelu(Tensor x, Tensor? bias, str backend='torch') -> Tensor",
+    _pointwise(_gelu_rows, False),
     _fake,
     setup_context=_save,
-    backward=_pointwise_backward(_gelu_slope),
+    backward=_pointwise_backward(_gelu_slope, False),
 )
 
 
-def _swiglu_impl(gate_up):
+def _swiglu_impl(gate_up, backend="torch"):
+    if backend == "triton":
+        from ..kernels import activation as kernel
+
+        return kernel.launch_swiglu(gate_up)
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     rows, rows_out = gate_up.reshape(-1, 2 * width), out.view(-1, width)
@@ -151,16 +185,18 @@ def _swiglu_impl(gate_up):
 
 def _swiglu_backward(ctx, grad):
     (gate_up,) = ctx.saved_tensors
+    if ctx.backend == "triton":
+        return _launched_swiglu_backward(grad, gate_up), None
     compute = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(compute).chunk(2, -1)
     upstream, s = grad.to(compute), _inverse_sigmoid(gate).reciprocal_()
-    return torch.cat((upstream * up * s * (1 + gate * (1 - s)), upstream * gate * s), -1).to(gate_up.dtype)
+    return torch.cat((upstream * up * s * (1 + gate * (1 - s)), upstream * gate * s), -1).to(gate_up.dtype), None
 
 
 _swiglu = define(
-    "swiglu(Tensor gate_up) -> Tensor",
+    "swiglu(Tensor gate_up, str backend='torch') -> Tensor",
     _swiglu_impl,
-    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+    lambda gate_up, *_: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
     setup_context=_save,
     backward=_swiglu_backward,
 )

@@ -16,7 +16,8 @@ OPS = (
     "mrope", "mrope_", "vision_rope", "vision_rope_", "merge_patches", "varlen_attention", "patchify",
     "linear_cross_entropy", "rms_norm", "layer_norm", "quick_gelu", "gelu", "swiglu",
 )  # fmt: skip
-_WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": (), "cuda": ()}
+_TRITON = tuple(op for op in OPS if op not in ("varlen_attention", "linear_cross_entropy"))
+_WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": _TRITON, "cuda": ()}
 _PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS}
 
 _model_backend: ContextVar[str | None] = ContextVar("qwen2vl_fast_backend", default=None)
@@ -32,7 +33,10 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers qwen2vl_fast::<schema> with torch (every device, fake tensors, autograd) and returns the callable op."""
+    """Registers qwen2vl_fast::<schema> with torch (every device, fake tensors, autograd) and returns the callable op.
+
+    Where the schema has backend='torch' the implementation needs that default too: torch drops arguments that equal theirs.
+    """
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -53,6 +57,13 @@ def extension_error() -> str | None:
     return None
 
 
+def _interpreting() -> bool:
+    """Whether triton runs kernels on the CPU, one program at a time in Python (TRITON_INTERPRET=1): for tests."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
 def unusable(op: str, backend: str, device: str | None = None) -> str | None:
     """Why `backend` can't run `op` on a device of type `device` (None: on whatever this machine has), or None if it can."""
     if op not in _WRITTEN[backend]:
@@ -63,6 +74,8 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
         return "the flash-attn package is not installed (pip install qwen2vl-fast[flash])"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if backend == "triton" and device in (None, "cpu") and _interpreting():
+        return None
     if backend == "cuda" and (error := extension_error()):
         return error
     if not torch.cuda.is_available():
@@ -88,7 +101,7 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
             raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
         return backend
     for name in BACKENDS:
-        if unusable(op, name, device.type) is None:
+        if unusable(op, name, device.type) is None and (name != "triton" or device.type == "cuda"):
             break
     if device.type == "cuda" and name != _PREFERRED[op] and not _warned:
         _warned = True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+
 from ..positions import check_grid
 from ..reference import raster_to_merge_order
 from . import checks
-from .backends import choose
-from .norm import _layer_norm
+from .backends import choose, define
+from .norm import _launched_backward, _layer_norm, _layer_norm_grad
 
 
 def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend: str | None = None):
@@ -31,10 +34,41 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
     for name, parameter in (("weight", weight), ("bias", bias)):
         checks.same(name, parameter, "x", x)
         checks.shape(name, parameter, (x.shape[1],), "[D]")
-    choose("merge_patches", backend, x.device)
-    if grid_thw is not None:
-        grid = check_grid(grid_thw, 2)
-        if int(grid.prod(1).sum()) != x.shape[0]:
-            raise ValueError(f"grid_thw: holds {int(grid.prod(1).sum())} patches, but x has {x.shape[0]} rows")
-        x = x[raster_to_merge_order(grid).to(x.device)]
-    return _layer_norm(x, weight, bias, eps).view(-1, 4 * x.shape[1])
+    name = choose("merge_patches", backend, x.device)
+    if grid_thw is None:
+        return _layer_norm(x, weight, bias, eps, name).view(-1, 4 * x.shape[1])
+    grid = check_grid(grid_thw, 2)
+    if int(grid.prod(1).sum()) != x.shape[0]:
+        raise ValueError(f"grid_thw: holds {int(grid.prod(1).sum())} patches, but x has {x.shape[0]} rows")
+    return _merge_rows(x, weight, bias, raster_to_merge_order(grid).to(x.device), eps, name)
+
+
+def _merge_rows_impl(x, weight, bias, rows, eps, backend="torch"):
+    if backend == "triton":
+        from ..kernels import merge as kernel
+
+        return kernel.launch(x, weight, bias, rows, eps)
+    return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1])
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _merge_rows_backward(ctx, grad):
+    x, weight, bias, rows = ctx.saved_tensors
+    grad = grad.reshape(-1, x.shape[1])
+    if ctx.backend == "triton":
+        return *_launched_backward(grad, None, x, weight, bias, rows, ctx.eps), None, None, None
+    grad_rows, *grads = _layer_norm_grad(grad, x[rows], weight, bias, ctx.eps)
+    return torch.empty_like(grad_rows).index_copy(0, rows, grad_rows), *grads, None, None, None
+
+
+_merge_rows = define(
+    "merge_rows(Tensor x, Tensor weight, Tensor bias, Tensor rows, float eps, str backend='torch') -> Tensor",
+    _merge_rows_impl,
+    lambda x, *_: x.new_empty((x.shape[0] // 4, 4 * x.shape[1])),
+    setup_context=_setup,
+    backward=_merge_rows_backward,
+)

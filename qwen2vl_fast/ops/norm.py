@@ -24,8 +24,8 @@ def rms_norm(x, weight, *, eps: float, residual=None, backend: str | None = None
     Precision: the sum z is rounded to x's dtype; the rest in float32 (float64 for float64), one rounding at the end.
     Source: MODEL.md section 3. Definition: `reference.rms_norm`.
     """
-    _check("rms_norm", x, residual, backend, weight=weight)
-    return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
+    name = _check("rms_norm", x, residual, backend, weight=weight)
+    return _rms_norm(x, weight, eps, name) if residual is None else _add_rms_norm(x, residual, weight, eps, name)
 
 
 def layer_norm(x, weight, bias, *, eps: float, residual=None, backend: str | None = None):
@@ -43,11 +43,13 @@ def layer_norm(x, weight, bias, *, eps: float, residual=None, backend: str | Non
     Precision: as `rms_norm`.
     Source: MODEL.md section 2. Definition: `reference.layer_norm`.
     """
-    _check("layer_norm", x, residual, backend, weight=weight, bias=bias)
-    return _layer_norm(x, weight, bias, eps) if residual is None else _add_layer_norm(x, residual, weight, bias, eps)
+    name = _check("layer_norm", x, residual, backend, weight=weight, bias=bias)
+    if residual is None:
+        return _layer_norm(x, weight, bias, eps, name)
+    return _add_layer_norm(x, residual, weight, bias, eps, name)
 
 
-def _check(op: str, x, residual, backend, **parameters) -> None:
+def _check(op: str, x, residual, backend, **parameters) -> str:
     checks.rows("x", x)
     for name, parameter in parameters.items():
         checks.same(name, parameter, "x", x)
@@ -55,10 +57,37 @@ def _check(op: str, x, residual, backend, **parameters) -> None:
     if residual is not None:
         checks.same("residual", residual, "x", x)
         checks.shape("residual", residual, tuple(x.shape), "x's shape")
-    choose(op, backend, x.device)
+    return choose(op, backend, x.device)
 
 
-def _rms_norm_impl(x, weight, eps):
+def _launched(x, residual, weight, bias, eps):
+    from ..kernels import norm as kernel
+
+    y, total = kernel.launch(x, weight, bias, eps, residual=residual)
+    return y if residual is None else (y, total)
+
+
+def _launch_backward(grad, grad_total, x, weight, bias, rows, eps):
+    from ..kernels import norm as kernel
+
+    grad_x, grad_weight, grad_bias = kernel.launch_backward(grad, x, weight, bias, eps, grad_total=grad_total, rows=rows)
+    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+# An op of its own: under torch.compile a backward is traced with fake tensors.
+_launched_backward = define(
+    "norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? rows, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    lambda grad, grad_total, x, weight, bias, rows, eps: (
+        _fake_one(x), _fake_one(weight), x.new_empty(0) if bias is None else _fake_one(bias)
+    ),
+)  # fmt: skip
+
+
+def _rms_norm_impl(x, weight, eps, backend="torch"):
+    if backend == "triton":
+        return _launched(x, None, weight, None, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x if x.stride(-1) == 1 else x.contiguous()  # a sum along another stride is taken in another order
     _rms_norm_rows(out.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), weight, eps)
@@ -74,9 +103,11 @@ def _rms_norm_rows(out, x, weight, eps) -> None:
         out[block].copy_((wide * scale).mul_(wide_weight))
 
 
-def _add_rms_norm_impl(x, residual, weight, eps):
+def _add_rms_norm_impl(x, residual, weight, eps, backend="torch"):
+    if backend == "triton":
+        return _launched(x, residual, weight, None, eps)
     total = torch.add(x, residual).contiguous()
-    return _rms_norm_impl(total, weight, eps), total
+    return _rms_norm_impl(total, weight, eps, backend), total
 
 
 def _rms_norm_grad(grad, x, weight, eps):
@@ -91,13 +122,17 @@ def _rms_norm_grad(grad, x, weight, eps):
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
-def _layer_norm_impl(x, weight, bias, eps):
+def _layer_norm_impl(x, weight, bias, eps, backend="torch"):
+    if backend == "triton":
+        return _launched(x, None, weight, bias, eps)
     return F.layer_norm(x.contiguous(), weight.shape, weight, bias, eps)
 
 
-def _add_layer_norm_impl(x, residual, weight, bias, eps):
+def _add_layer_norm_impl(x, residual, weight, bias, eps, backend="torch"):
+    if backend == "triton":
+        return _launched(x, residual, weight, bias, eps)
     total = torch.add(x, residual).contiguous()
-    return _layer_norm_impl(total, weight, bias, eps), total
+    return _layer_norm_impl(total, weight, bias, eps, backend), total
 
 
 def _layer_norm_grad(grad, x, weight, bias, eps):
@@ -118,22 +153,41 @@ def _layer_norm_grad(grad, x, weight, bias, eps):
 
 
 def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _save_sum(ctx, inputs, output):
-    _, _, *parameters, ctx.eps = inputs
+    _, _, *parameters, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(output[1], *parameters)
+
+
+def _alone(grad_function):
+    """Backward of an op on x."""
+
+    def backward(ctx, grad):
+        x, weight, *bias = ctx.saved_tensors
+        if ctx.backend == "triton":
+            grads = _launched_backward(grad, None, x, weight, *(bias or [None]), None, ctx.eps)[: 2 + len(bias)]
+        else:
+            grads = grad_function(grad, x, weight, *bias, ctx.eps)
+        return *grads, None, None
+
+    return backward
 
 
 def _with_sum(grad_function):
     """Backward of an op on x + residual: both get the norm's gradient plus what reaches the sum directly."""
 
     def backward(ctx, grad, grad_sum):
-        grad_x, *grads = grad_function(grad, *ctx.saved_tensors, ctx.eps)
-        grad_x = grad_x + grad_sum
-        return grad_x, grad_x, *grads, None
+        x, weight, *bias = ctx.saved_tensors
+        if ctx.backend == "triton":
+            grads = _launched_backward(grad, grad_sum, x, weight, *(bias or [None]), None, ctx.eps)
+            grad_x, *grads = grads[: 2 + len(bias)]
+        else:
+            grad_x, *grads = grad_function(grad, x, weight, *bias, ctx.eps)
+            grad_x = grad_x + grad_sum
+        return grad_x, grad_x, *grads, None, None
 
     return backward
 
@@ -147,28 +201,28 @@ def _fake_one(x, *_):
 
 
 _rms_norm = define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, str backend='torch') -> Tensor",
     _rms_norm_impl,
     _fake_one,
     setup_context=_save_inputs,
-    backward=lambda ctx, grad: (*_rms_norm_grad(grad, *ctx.saved_tensors, ctx.eps), None),
+    backward=_alone(_rms_norm_grad),
 )
 _add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str backend='torch') -> (Tensor, Tensor)",
     _add_rms_norm_impl,
     _fake_sum,
     setup_context=_save_sum,
     backward=_with_sum(_rms_norm_grad),
 )
 _layer_norm = define(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, str backend='torch') -> Tensor",
     _layer_norm_impl,
     _fake_one,
     setup_context=_save_inputs,
-    backward=lambda ctx, grad: (*_layer_norm_grad(grad, *ctx.saved_tensors, ctx.eps), None),
+    backward=_alone(_layer_norm_grad),
 )
 _add_layer_norm = define(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, str backend='torch') -> (Tensor, Tensor)",
     _add_layer_norm_impl,
     _fake_sum,
     setup_context=_save_sum,

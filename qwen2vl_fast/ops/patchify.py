@@ -29,14 +29,18 @@ def patchify(frames, *, dtype: torch.dtype = torch.float32, backend: str | None 
         raise ValueError(f"frames: expected [N, H, W, 3] with N even, H and W multiples of 28, got {list(frames.shape)}")
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
-    choose("patchify", backend, frames.device)
-    return _patchify(frames, dtype)
+    return _patchify(frames, dtype, choose("patchify", backend, frames.device))
 
 
-def _patchify_impl(frames, dtype):
+def _patchify_impl(frames, dtype, backend="torch"):
+    scale = tuple(1 / (255 * std) for std in IMAGE_STD)
+    shift = tuple(-mean / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD, strict=True))
+    if backend == "triton":
+        from ..kernels import patchify as kernel
+
+        return kernel.launch(frames, dtype, scale, shift)
     compute = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGE_MEAN, IMAGE_STD))
-    scale, shift = (x.to(frames.device, compute)[:, None, None, None] for x in (1 / (255 * std), -mean / std))
+    scale, shift = (torch.tensor(x, dtype=compute, device=frames.device)[:, None, None, None] for x in (scale, shift))
     n, height, width, _ = frames.shape
     blocks = frames.view(n // 2, 2, height // 28, 2, 14, width // 28, 2, 14, 3)
     #                   t       f  h/2           m  y   w/2          m  x   c -> t h/2 w/2 m m c f y x
@@ -48,7 +52,7 @@ def _patchify_impl(frames, dtype):
 
 
 _patchify = define(
-    "patchify(Tensor frames, ScalarType dtype) -> Tensor",
+    "patchify(Tensor frames, ScalarType dtype, str backend='torch') -> Tensor",
     _patchify_impl,
-    lambda frames, dtype: frames.new_empty((frames.numel() // 1176, 1176), dtype=dtype),
+    lambda frames, dtype, *_: frames.new_empty((frames.numel() // 1176, 1176), dtype=dtype),
 )

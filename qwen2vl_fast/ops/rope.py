@@ -42,16 +42,16 @@ def mrope(
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1. Definition: `reference.mrope`.
     """
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
-    choose("mrope", backend, q.device)
-    return _mrope(q, k, position_ids, table, list(sections), attention_scaling, 1.0)
+    name = choose("mrope", backend, q.device)
+    return _mrope(q, k, position_ids, table, list(sections), attention_scaling, 1.0, name)
 
 
 def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
     """`mrope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
-    choose("mrope_", backend, q.device)
+    name = choose("mrope_", backend, q.device)
     _refuse_grad("mrope_", q, k)
-    _mrope_inplace(q, k, position_ids, table, list(sections), attention_scaling)
+    _mrope_inplace(q, k, position_ids, table, list(sections), attention_scaling, name)
 
 
 def vision_rope(
@@ -79,16 +79,16 @@ def vision_rope(
     Source: MODEL.md section 2. Definition: `reference.vision_rope`.
     """
     table = _check_vision(q, k, position_ids, theta, inv_freq)
-    choose("vision_rope", backend, q.device)
-    return _vision_rope(q, k, position_ids, table, 1.0)
+    name = choose("vision_rope", backend, q.device)
+    return _vision_rope(q, k, position_ids, table, 1.0, name)
 
 
 def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
     """`vision_rope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
     table = _check_vision(q, k, position_ids, theta, inv_freq)
-    choose("vision_rope_", backend, q.device)
+    name = choose("vision_rope_", backend, q.device)
     _refuse_grad("vision_rope_", q, k)
-    _vision_rope_inplace(q, k, position_ids, table)
+    _vision_rope_inplace(q, k, position_ids, table, name)
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, ranks: tuple[int, ...], divisor: int) -> None:
@@ -169,23 +169,46 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float)
     return out
 
 
-def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign):
+def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
+    from ..kernels import rope as kernel
+
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # gradients come with any strides
+    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    kernel.launch(q, k, *outs, position_ids, inv_freq, sections, scaling, sign)
+    return outs
+
+
+def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling):
+    from ..kernels import rope as kernel
+
+    kernel.launch(q, k, q, k, position_ids, inv_freq, sections, scaling, 1.0)
+
+
+def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign, backend="torch"):
+    if backend == "triton":
+        return _launched(q, k, position_ids, inv_freq, sections, scaling, sign)
     angles = mrope_angles(position_ids, inv_freq, sections)
     return _rotated(q, angles, scaling, sign), _rotated(k, angles, scaling, sign)
 
 
-def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling):
+def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling, backend="torch"):
+    if backend == "triton":
+        return _launched_inplace(q, k, position_ids, inv_freq, sections, scaling)
     angles = mrope_angles(position_ids, inv_freq, sections)
     for x in (q, k):
         _rotate_into(x, x, angles, scaling, 1.0)
 
 
-def _vision_rope_impl(q, k, position_ids, inv_freq, sign):
+def _vision_rope_impl(q, k, position_ids, inv_freq, sign, backend="torch"):
+    if backend == "triton":
+        return _launched(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0, sign)
     angles = vision_rope_angles(position_ids, inv_freq)
     return _rotated(q, angles, 1.0, sign), _rotated(k, angles, 1.0, sign)
 
 
-def _vision_rope_inplace_impl(q, k, position_ids, inv_freq):
+def _vision_rope_inplace_impl(q, k, position_ids, inv_freq, backend="torch"):
+    if backend == "triton":
+        return _launched_inplace(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0)
     angles = vision_rope_angles(position_ids, inv_freq)
     for x in (q, k):
         _rotate_into(x, x, angles, 1.0, 1.0)
@@ -204,35 +227,37 @@ def _backward(op):
     """The inverse rotation: the same op with the opposite sign."""
 
     def backward(ctx, grad_q, grad_k):
-        *rest, sign = ctx.rest
-        grads = op()(grad_q, grad_k, *ctx.saved_tensors, *rest, -sign)
+        *rest, sign, backend = ctx.rest
+        grads = op()(grad_q, grad_k, *ctx.saved_tensors, *rest, -sign, backend)
         return *grads, *(None for _ in range(2 + len(ctx.rest)))
 
     return backward
 
 
 _mrope = define(
-    "mrope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling, float sign)"
-    " -> (Tensor, Tensor)",
+    "mrope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling, float sign,"
+    " str backend='torch') -> (Tensor, Tensor)",
     _mrope_impl,
     _fake,
     setup_context=_setup,
     backward=_backward(lambda: _mrope),
 )
 _vision_rope = define(
-    "vision_rope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, float sign) -> (Tensor, Tensor)",
+    "vision_rope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, float sign, str backend='torch')"
+    " -> (Tensor, Tensor)",
     _vision_rope_impl,
     _fake,
     setup_context=_setup,
     backward=_backward(lambda: _vision_rope),
 )
 _mrope_inplace = define(
-    "mrope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling) -> ()",
+    "mrope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq, int[] sections, float scaling,"
+    " str backend='torch') -> ()",
     _mrope_inplace_impl,
     lambda *_: None,
 )
 _vision_rope_inplace = define(
-    "vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq) -> ()",
+    "vision_rope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, Tensor inv_freq, str backend='torch') -> ()",
     _vision_rope_inplace_impl,
     lambda *_: None,
 )

@@ -1,0 +1,188 @@
+"""QuickGELU and GELU of x + bias, and SwiGLU, forward and backward. The backward recomputes from the inputs.
+
+Shape letters: T rows, F width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .offsets import offset, wide
+
+BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
+CHUNKS = 128  # of the rows in a backward pass with a bias: each leaves one row of partial sums
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _activate(z, IS_QUICK: tl.constexpr):
+    if IS_QUICK:
+        y = z * _sigmoid(1.702 * z)
+    else:
+        y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    return y
+
+
+@triton.jit
+def _slope(z, IS_QUICK: tl.constexpr):
+    if IS_QUICK:
+        s = _sigmoid(1.702 * z)
+        slope = s * (1.0 + 1.702 * z * (1.0 - s))
+    else:
+        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    return slope
+
+
+@triton.jit
+def _load(ptr, t, f, stride_t, mask):
+    return wide(tl.load(ptr + (offset(t, stride_t)[:, None] + f[None, :]), mask=mask, other=0.0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _activation_kernel(
+    x_ptr, bias_ptr, y_ptr, T, stride_x_t,
+    F: tl.constexpr, IS_QUICK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (t < T)[:, None] & (f < F)[None, :]
+    z = _load(x_ptr, t, f, stride_x_t, mask)
+    if HAS_BIAS:
+        z = z + wide(tl.load(bias_ptr + f, mask=f < F, other=0.0))[None, :]
+    tl.store(y_ptr + (offset(t, F)[:, None] + f[None, :]), _activate(z, IS_QUICK), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def _activation_backward_kernel(
+    grad_ptr, x_ptr, bias_ptr, grad_x_ptr, grad_bias_ptr, T, rows, stride_grad_t, stride_x_t,
+    F: tl.constexpr, IS_QUICK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `rows` rows, and with a bias their share of its gradient, [chunks, F]."""
+    blocks = tl.cdiv(F, BLOCK_F)
+    chunk = tl.program_id(0) // blocks
+    f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    grad_bias = tl.zeros((BLOCK_T, BLOCK_F), tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    if HAS_BIAS:
+        bias = wide(tl.load(bias_ptr + f, mask=f < F, other=0.0))[None, :]
+    for first in range(0, rows, BLOCK_T):
+        t = chunk * rows + first + tl.arange(0, BLOCK_T)
+        mask = (t < T)[:, None] & (f < F)[None, :]
+        z = _load(x_ptr, t, f, stride_x_t, mask)
+        if HAS_BIAS:
+            z = z + bias
+        grad = _load(grad_ptr, t, f, stride_grad_t, mask) * _slope(z, IS_QUICK)
+        tl.store(grad_x_ptr + (offset(t, F)[:, None] + f[None, :]), grad, mask=mask)
+        if HAS_BIAS:
+            grad_bias += grad
+    if HAS_BIAS:
+        tl.store(grad_bias_ptr + (offset(chunk, F) + f), tl.sum(grad_bias, 0), mask=f < F)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _swiglu_kernel(
+    x_ptr, y_ptr, T, stride_x_t, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (t < T)[:, None] & (f < F)[None, :]
+    gate = _load(x_ptr, t, f, stride_x_t, mask)
+    up = _load(x_ptr + F, t, f, stride_x_t, mask)
+    tl.store(y_ptr + (offset(t, F)[:, None] + f[None, :]), gate * _sigmoid(gate) * up, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _swiglu_backward_kernel(
+    grad_ptr, x_ptr, grad_x_ptr, T, stride_grad_t, stride_x_t,
+    F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (t < T)[:, None] & (f < F)[None, :]
+    gate = _load(x_ptr, t, f, stride_x_t, mask)
+    up = _load(x_ptr + F, t, f, stride_x_t, mask)
+    grad = _load(grad_ptr, t, f, stride_grad_t, mask)
+    s = _sigmoid(gate)
+    out = grad_x_ptr + (offset(t, 2 * F)[:, None] + f[None, :])
+    tl.store(out, grad * up * s * (1.0 + gate * (1.0 - s)), mask=mask)
+    tl.store(out + F, grad * gate * s, mask=mask)
+
+
+def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.Tensor:
+    """QuickGELU or GELU of x [..., F] + bias [F], contiguous."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = _rows(x)
+    rows, width = x.shape
+    if rows:
+        with torch.cuda.device_of(x):
+            _activation_kernel[_grid(triton.cdiv(rows, BLOCK_T), width)](
+                x, x if bias is None else bias, y, rows, x.stride(0),
+                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_META,
+            )  # fmt: skip
+    return y
+
+
+def launch_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of x and bias."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad, x = _rows(grad), _rows(x)
+    rows, width = x.shape
+    per_chunk = BLOCK_T * (1 if bias is None else max(4, triton.cdiv(rows, BLOCK_T * CHUNKS)))
+    chunks = triton.cdiv(rows, per_chunk)
+    partial = None
+    if bias is not None:
+        partial = torch.empty((chunks, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if rows:
+        with torch.cuda.device_of(x):
+            _activation_backward_kernel[_grid(chunks, width)](
+                grad, x, x if bias is None else bias, grad_x, x if partial is None else partial,
+                rows, per_chunk, grad.stride(0), x.stride(0),
+                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_META,
+            )  # fmt: skip
+    return grad_x, None if partial is None else partial.sum(0).to(x.dtype)
+
+
+def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2F] -> [..., F], contiguous."""
+    width = gate_up.shape[-1] // 2
+    y = gate_up.new_empty((*gate_up.shape[:-1], width))
+    x = _rows(gate_up)
+    if x.shape[0]:
+        with torch.cuda.device_of(x):
+            _swiglu_kernel[_grid(triton.cdiv(x.shape[0], BLOCK_T), width)](x, y, x.shape[0], x.stride(0), F=width, **_META)
+    return y
+
+
+def launch_swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Gradient of gate_up."""
+    grad_x = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    grad, x = _rows(grad), _rows(gate_up)
+    if x.shape[0]:
+        with torch.cuda.device_of(x):
+            _swiglu_backward_kernel[_grid(triton.cdiv(x.shape[0], BLOCK_T), grad.shape[1])](
+                grad, x, grad_x, x.shape[0], grad.stride(0), x.stride(0), F=grad.shape[1], **_META
+            )
+    return grad_x
+
+
+_META = {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
+
+
+def _grid(row_blocks: int, width: int) -> tuple[int]:
+    return (row_blocks * triton.cdiv(width, BLOCK_F),)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [T, F] with a contiguous last dim; a copy only where no view will do."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

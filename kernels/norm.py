@@ -1,0 +1,172 @@
+"""RMSNorm and LayerNorm of rows, with the addition before them and a gather of rows, forward and backward.
+
+Shape letters: T rows, C width. A row stays in registers between its statistics and its result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .offsets import offset, wide
+
+TILE = 4096  # elements a program, when rows are shorter: 16 a thread
+PROGRAMS = 512  # of a backward pass on many rows: each leaves one row of partial sums
+ROWS = 4  # tiles at least that share one row of partial sums
+MAX_WIDTH = 65536
+
+
+@triton.jit
+def _unit_rows(x, mask, C: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr):
+    """(normalised rows, 1 / standard deviation) of x [BLOCK_T, BLOCK_C], zero outside the mask."""
+    if IS_LAYER:
+        x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / C + EPS)
+    return x * scale[:, None], scale
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, row_ptr, y_ptr, total_ptr,
+    T, stride_x_t, stride_residual_t,
+    C: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.arange(0, BLOCK_C)
+    mask = (t < T)[:, None] & (c < C)[None, :]
+    source = t
+    if HAS_ROWS:
+        source = tl.load(row_ptr + t, mask=t < T, other=0)
+    x = tl.load(x_ptr + (offset(source, stride_x_t)[:, None] + c[None, :]), mask=mask, other=0.0)
+    target = offset(t, C)[:, None] + c[None, :]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + (offset(t, stride_residual_t)[:, None] + c[None, :]), mask=mask, other=0.0)
+        x = (wide(x) + wide(residual)).to(x.dtype)
+        tl.store(total_ptr + target, x, mask=mask)
+    y, _ = _unit_rows(wide(x), mask, C, EPS, IS_LAYER)
+    y = y * wide(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
+    if IS_LAYER:
+        y = y + wide(tl.load(bias_ptr + c, mask=c < C, other=0.0))[None, :]
+    tl.store(y_ptr + target, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def _norm_backward_kernel(
+    grad_ptr, grad_total_ptr, x_ptr, weight_ptr, row_ptr, grad_x_ptr, grad_weight_ptr, grad_bias_ptr,
+    T, rows, stride_x_t,
+    C: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `rows` rows, and their share of the gradients of weight and bias, [programs, C]."""
+    program = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)
+    weight = wide(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
+    grad_weight = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
+    grad_bias = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
+    for first in range(0, rows, BLOCK_T):
+        t = program * rows + first + tl.arange(0, BLOCK_T)
+        mask = (t < T)[:, None] & (c < C)[None, :]
+        source = t
+        if HAS_ROWS:
+            source = tl.load(row_ptr + t, mask=t < T, other=0)
+        x = wide(tl.load(x_ptr + (offset(source, stride_x_t)[:, None] + c[None, :]), mask=mask, other=0.0))
+        grad = wide(tl.load(grad_ptr + (offset(t, C)[:, None] + c[None, :]), mask=mask, other=0.0))
+        unit, scale = _unit_rows(x, mask, C, EPS, IS_LAYER)
+        grad_weight += grad * unit
+        weighted = grad * weight
+        grad_x = weighted - unit * (tl.sum(weighted * unit, 1) / C)[:, None]
+        if IS_LAYER:
+            grad_bias += grad
+            grad_x = grad_x - (tl.sum(weighted, 1) / C)[:, None]
+        grad_x = grad_x * scale[:, None]
+        target = offset(source, C)[:, None] + c[None, :]
+        if HAS_TOTAL:
+            grad_x = grad_x + wide(tl.load(grad_total_ptr + target, mask=mask, other=0.0))
+        tl.store(grad_x_ptr + target, grad_x, mask=mask)
+    share = offset(program, C) + c
+    tl.store(grad_weight_ptr + share, tl.sum(grad_weight, 0), mask=c < C)
+    if IS_LAYER:
+        tl.store(grad_bias_ptr + share, tl.sum(grad_bias, 0), mask=c < C)
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program. By the width alone, so that a row has the same bits in every pack."""
+    if width > MAX_WIDTH:
+        raise ValueError(f"width: expected at most {MAX_WIDTH} for the triton backend, got {width}; use backend='torch'")
+    columns = triton.next_power_of_2(width)
+    return max(1, min(TILE // columns, 16)), columns, min(max(columns // 256, 8), 32)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, x + residual or None), both contiguous: RMSNorm without a bias, else LayerNorm, of x [..., C] or x + residual.
+
+    rows: [T] int64, row t of y comes from row rows[t] of x [T, C].
+    """
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(y)
+    x = _rows(x)
+    residual = x if residual is None else _rows(residual)
+    count, width = x.shape
+    if count:
+        block_t, block_c, warps = tile(width)
+        with torch.cuda.device_of(x):
+            _norm_kernel[(triton.cdiv(count, block_t),)](
+                x, residual, weight, weight if bias is None else bias, x if rows is None else rows,
+                y, y if total is None else total,
+                count, x.stride(0), residual.stride(0),
+                C=width, EPS=eps, IS_LAYER=bias is not None, HAS_RESIDUAL=total is not None, HAS_ROWS=rows is not None,
+                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+            )  # fmt: skip
+    return y, total
+
+
+def launch_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    grad_total: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of x (what was normalised), weight and bias. grad_total: what reaches x besides, when x was a sum."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad = grad.contiguous()
+    has_total = grad_total is not None
+    grad_total = grad_total.contiguous() if has_total else grad
+    x = _rows(x)
+    count, width = x.shape
+    block_t, block_c, warps = tile(width)
+    # Each program takes the same number of rows whatever the device, so that sums over them are the same everywhere.
+    per_program = block_t * max(ROWS, triton.cdiv(count, block_t * PROGRAMS))
+    programs = triton.cdiv(count, per_program)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    partial_weight = torch.empty((programs, width), dtype=compute, device=x.device)
+    partial_bias = partial_weight if bias is None else torch.empty_like(partial_weight)
+    if count:
+        with torch.cuda.device_of(x):
+            _norm_backward_kernel[(programs,)](
+                grad, grad_total, x, weight, x if rows is None else rows, grad_x, partial_weight, partial_bias,
+                count, per_program, x.stride(0),
+                C=width, EPS=eps, IS_LAYER=bias is not None, HAS_TOTAL=has_total, HAS_ROWS=rows is not None,
+                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+            )  # fmt: skip
+    grad_bias = None if bias is None else partial_bias.sum(0).to(x.dtype)
+    return grad_x, partial_weight.sum(0).to(x.dtype), grad_bias
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [T, C] with a contiguous last dim; a copy only where no view will do."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,16 @@
+"""The one place where an index becomes an address."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in elements, in 64 bits: 262 144 tokens of 64 heads of 128 are 2^31 already."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def wide(x):
+    """x in the type that is computed in: float32, float64 for float64."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)

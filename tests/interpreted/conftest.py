@@ -1,0 +1,34 @@
+"""The Triton kernels on the CPU: tests/test_triton.py runs this folder in a process with TRITON_INTERPRET=1.
+
+Elsewhere only the cases for a CUDA device are left here. bf16 stays on the device: the interpreter gets it wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import triton
+
+from tests import test_ops_every
+from tests.compare import poisoned
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
+    for item in items:
+        on_device = item.get_closest_marker("gpu") is not None
+        fits = HERE not in item.path.parents or on_device != triton.knobs.runtime.interpret
+        (kept if fits else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch: pytest.MonkeyPatch):
+    """The shared test bodies run this backend only, with torch.empty full of NaN."""
+    monkeypatch.setattr(test_ops_every, "usable", lambda op, device: ["triton"])
+    with poisoned():
+        yield

@@ -1,0 +1,347 @@
+"""Every Triton kernel by the shared test bodies, and what is particular to each."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from qwen2vl_fast import ops, reference
+from qwen2vl_fast.kernels import rope
+from qwen2vl_fast.kernels.offsets import offset
+from tests.compare import check, check_pair_units, check_units, error, judge, same_bits
+from tests.models import batch, pair
+from tests.samples import SAMPLES, Sample
+from tests.test_ops_every import LAYOUTS, check_determinism, check_isolation, check_nan_isolation, check_rule, sweep
+
+KINDS = [kind for kind in SAMPLES if kind not in ("varlen_attention", "linear_cross_entropy")]
+MANY = 1000  # cases of each kind and dtype in the long run: 20 000
+every_kind = pytest.mark.parametrize("kind", KINDS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+
+
+@every_kind
+@dtypes
+def test_rule(kind, dtype, device):
+    for first, layout in enumerate(LAYOUTS):
+        sweep(check_rule, range(first, 4, 3), kind=kind, dtype=dtype, device=device, layout=layout)
+
+
+@pytest.mark.parametrize("kind", ["mrope_batch", "vision_rope", "merge_patches", "rms_norm", "swiglu"])  # all: test_many
+def test_isolation_and_determinism(kind, device):
+    sweep(check_isolation, range(1), kind=kind, dtype=torch.float16, device=device)
+    sweep(check_nan_isolation, range(1, 2), kind=kind, dtype=torch.float16, device=device)
+    sweep(check_determinism, range(2, 3), kind=kind, dtype=torch.float16, device=device)
+
+
+def check_outputs(kind: str, seed: int, dtype: torch.dtype, device: str, layout: str) -> None:
+    """The rule without gradients, which cost three times the outputs."""
+    sample = SAMPLES[kind](seed)
+    call, guards = sample.call(dtype, device, layout)
+
+    def run(**arguments):
+        return getattr(ops, sample.op)(**arguments, backend="triton")
+
+    judge(run, getattr(reference, sample.op), call, gradients=False, seed=seed, name=f"{kind} seed {seed} {dtype} {layout}")
+    for guard_ in guards:
+        guard_.check(kind)
+
+
+@pytest.mark.full
+@every_kind
+@dtypes
+def test_many(kind, dtype, device):
+    """Every fifth case with gradients."""
+    for index, layout in enumerate(LAYOUTS * 5):
+        body = check_rule if index % 5 == 0 else check_outputs
+        sweep(body, range(1000 + index, 1000 + MANY, 15), kind=kind, dtype=dtype, device=device, layout=layout)
+    sweep(check_isolation, range(1000, 1020), kind=kind, dtype=dtype, device=device)
+    sweep(check_nan_isolation, range(1000, 1020), kind=kind, dtype=dtype, device=device)
+
+
+@pytest.mark.gpu
+@every_kind
+def test_bfloat16(kind, device):
+    for layout in LAYOUTS:
+        sweep(check_rule, range(6), kind=kind, dtype=torch.bfloat16, device=device, layout=layout)
+
+
+@triton.jit
+def _sincos_kernel(x_ptr, sin_ptr, cos_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sin, cos = rope.sincos(tl.load(x_ptr + i, mask=i < n, other=0.0))
+    tl.store(sin_ptr + i, sin, mask=i < n)
+    tl.store(cos_ptr + i, cos, mask=i < n)
+
+
+def test_sincos_at_every_position(device):
+    """Positions 0..131072 by every frequency of both towers: as near the truth as torch's float32 functions, by the rule."""
+    tables = (reference.inverse_frequencies(128, 1e6), reference.inverse_frequencies(40, 1e4))
+    angles = (torch.arange(131073).float()[:, None] * torch.cat(tables)).flatten().to(device)
+    block = 65536 if device == "cpu" else 1024
+    found = [torch.empty_like(angles) for _ in range(2)]
+    _sincos_kernel[(triton.cdiv(angles.numel(), block),)](angles, *found, angles.numel(), block)
+    for out, function in zip(found, (torch.sin, torch.cos), strict=True):
+        truth = function(angles.double())
+        check(out, truth, [error(function(angles), truth)], name=function.__name__)
+        assert (out.double() - truth).abs().max() < 2**-24  # half a unit in the last place of 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_rotated_pairs_within_a_unit(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(64, h, 128, generator=generator).to(device, dtype) for h in (3, 1))
+    positions = torch.randint(0, 131073, (3, 64), generator=generator).to(device)
+    outs, refs = ops.mrope(q, k, positions, backend="triton"), reference.mrope(q.double(), k.double(), positions)
+    for out, ref in zip(outs, refs, strict=True):
+        check_pair_units(out, ref)
+    q, k = (torch.randn(64, 2, 80, generator=generator).to(device, dtype) for _ in range(2))
+    outs = ops.vision_rope(q, k, positions[:2], backend="triton")
+    for out, ref in zip(outs, reference.vision_rope(q.double(), k.double(), positions[:2]), strict=True):
+        check_pair_units(out, ref)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_merge_within_a_unit(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*n, generator=generator).to(device, dtype) for n in ((48, 160), (160,), (160,)))
+    ref = reference.merge_patches(x.double(), weight.double(), bias.double())
+    check_units(ops.merge_patches(x, weight, bias, backend="triton"), ref, ref.abs().clamp(min=2.0**-3))
+
+
+def check_in_place(tokens: int, device: str, dtype: torch.dtype) -> None:
+    """q and k of one fused qkv inside a larger buffer: nothing else is written, and they get the bits of the functional op."""
+    generator = torch.Generator().manual_seed(tokens)
+    for op, op_, heads, dim, axes, rest in (
+        (ops.mrope, ops.mrope_, (4, 2, 2), 128, 3, {}),
+        (ops.mrope, ops.mrope_, (6, 3, 3), 64, 3, {"sections": (8, 12, 12)}),
+        (ops.vision_rope, ops.vision_rope_, (2, 2, 2), 80, 2, {}),
+    ):
+        buffer = torch.randn(tokens + 2, sum(heads) + 2, dim + 16, generator=generator).to(device, dtype)
+        before = buffer.clone()
+        positions = torch.randint(1, 9000, (axes, tokens), generator=generator).to(device)
+        q, k, _ = buffer[1:-1, 1:-1, 8:-8].split(heads, 1)
+        old_q, old_k, _ = before[1:-1, 1:-1, 8:-8].split(heads, 1)
+        op_(q, k, positions, backend="triton", **rest)
+        got_q, got_k = q.clone(), k.clone()
+        q.copy_(old_q)
+        k.copy_(old_k)
+        assert same_bits(buffer, before), "written beyond q and k"
+        expected = op(q, k, positions, backend="triton", **rest)
+        assert all(map(same_bits, (got_q, got_k), expected)), "in place differs from the functional op"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 21])
+def test_in_place(tokens, device):
+    check_in_place(tokens, device, torch.float16)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (7, 2), (12, 4)])
+def test_head_dims_and_counts(dim, heads, device):
+    """Sections of every kind, an empty one too, with a fused qkv and int32 positions."""
+    generator = torch.Generator().manual_seed(dim)
+    qkv = torch.randn(11, sum(heads), dim, generator=generator).to(device)
+    q, k = qkv.split(heads, 1)
+    positions = torch.randint(0, 500, (3, 11), generator=generator).to(device, torch.int32)
+    for sections in ((dim // 2, 0, 0), (0, 0, dim // 2), (dim // 8, dim // 8, dim // 4), (1, dim // 2 - 1, 0)):
+        arguments = {"position_ids": positions, "sections": sections, "attention_scaling": 1.3}
+        outs = ops.mrope(q, k, **arguments, backend="triton")
+        refs = reference.mrope(q.double(), k.double(), **arguments)
+        peers = reference.mrope(q, k, **arguments)
+        for out, ref, peer in zip(outs, refs, peers, strict=True):
+            check(out, ref, [error(peer, ref)])
+
+
+@triton.jit
+def _offset_kernel(index_ptr, stride, out_ptr):
+    tl.store(out_ptr, offset(tl.load(index_ptr), stride))
+
+
+@pytest.mark.parametrize("product", [2**31 - 1, 2**31, 2**31 + 12, 2**33, 2**33 + 8 * 7])
+def test_offsets_beyond_32_bits(product, device):
+    """int32 index and stride, as kernels have them, with a product that does not fit."""
+    stride = next(s for s in (8192, 4096, 56, 12, 4, 1) if product % s == 0)
+    index = product // stride
+    dtype = torch.int32 if index < 2**31 else torch.int64
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    _offset_kernel[(1,)](torch.tensor([index], dtype=dtype, device=device), stride, out)
+    assert out.item() == product
+
+
+def test_a_row_beyond_32_bits(device):
+    """Strides whose product with the token wraps in int32; the memory is reserved, not used."""
+    tokens, stride = 3, 2**30 + 2**20  # token 2 starts beyond 2^31 elements
+    base = torch.empty(0, dtype=torch.float16, device=device)
+    try:
+        buffer = base.new_empty(0).set_(torch.UntypedStorage(2 * (2 * stride + 512), device=device))
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        pytest.fail(f"needs 4.3 GB of address space: {error}")
+    x = torch.as_strided(buffer, (tokens, 2, 128), (stride, 128, 1))
+    values = torch.randn(tokens, 2, 128, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    x.copy_(values)
+    positions = torch.arange(9, device=device).view(3, 3)
+    outs, expected = (ops.mrope(v, v, positions, backend="triton") for v in (x, values))
+    assert all(map(same_bits, outs, expected))
+    ops.mrope_(x, x[:, :0], positions, backend="triton")
+    assert same_bits(x, expected[0])
+    rows = x[:, 0]
+    assert same_bits(ops.quick_gelu(rows, backend="triton"), ops.quick_gelu(rows.contiguous(), backend="triton"))
+    ones = torch.ones(128, dtype=torch.float16, device=device)
+    wide = ops.rms_norm(rows, ones, eps=1e-6, backend="triton")
+    assert same_bits(wide, ops.rms_norm(rows.contiguous(), ones, eps=1e-6, backend="triton"))
+
+
+OPS = {
+    "mrope": lambda x: ops.mrope(x.view(-1, 2, 8), x.view(-1, 2, 8), torch.ones(3, x.shape[0], dtype=torch.int64),
+                                 sections=(1, 1, 2), backend="triton")[0],
+    "vision_rope": lambda x: ops.vision_rope(x.view(-1, 2, 8), x.view(-1, 2, 8), torch.ones(2, x.shape[0], dtype=torch.int64),
+                                             backend="triton")[1],
+    "rms_norm": lambda x: ops.rms_norm(x, x[0], eps=1e-6, residual=x, backend="triton")[0],
+    "layer_norm": lambda x: ops.layer_norm(x, x[0], x[1], eps=1e-6, backend="triton"),
+    "merge_patches": lambda x: ops.merge_patches(x, x[0], x[1], backend="triton"),
+    "merge from raster order": lambda x: ops.merge_patches(x, x[0], x[1], grid_thw=torch.tensor([[1, 2, 4]]), backend="triton"),
+    "quick_gelu": lambda x: ops.quick_gelu(x, x[0], backend="triton"),
+    "gelu": lambda x: ops.gelu(x, backend="triton"),
+    "swiglu": lambda x: ops.swiglu(x, backend="triton"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "merge from raster order"])  # grids are read on the host
+def test_compiles_without_breaks(name):
+    """torch.compile(fullgraph=True), forward and backward, gives the eager bits."""
+    torch._dynamo.reset()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for function in (OPS[name], torch.compile(OPS[name], backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        results.append((out.detach(), grad))
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    """Every operator that the call and its gradient reach passes torch.library.opcheck."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "qwen2vl_fast":
+                seen.append((function, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with Watch():
+        OPS[name](x).square().sum().backward()
+    assert len(seen) >= 2, "neither op nor backward was seen"
+    for function, arguments in seen:
+        differentiable = not function.name().endswith("backward")
+        arguments = [a.requires_grad_() if differentiable and isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                     for a in arguments]  # fmt: skip
+        if function.name().endswith("rope"):
+            arguments[3] = arguments[3].detach()  # the frequencies take no gradient
+        torch.library.opcheck(function, tuple(arguments))
+
+
+def test_the_whole_model(device):
+    """Logits and gradients of the model with backend='triton', against float64 through the definition-level torch backend."""
+    _, wide = pair("released")
+    inputs = batch([[("text", 3), ("image", 4, 6), ("text", 2)], [("video", 2, 2, 4), ("text", 5)]])
+    config, state = wide.config, wide.state_dict()
+    results = {}
+    runs = (("ref", torch.float64, "torch"), ("peer", torch.float32, "torch"), ("out", torch.float32, "triton"))
+    for name, dtype, backend in runs:
+        model = type(wide)(config, backend=backend)
+        model.load_state_dict(state)
+        model.to(device, dtype)
+        moved = {n: x.to(device, dtype if x.is_floating_point() else x.dtype) for n, x in inputs.items()}
+        logits = model(**moved).logits
+        weight = model.visual.blocks[0].norm1.weight
+        (grad,) = torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), weight)
+        with torch.no_grad():
+            plain = model(**moved).logits
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool().to(device)
+        results[name] = logits.detach()[mask], grad, plain[mask]
+    for i, label in enumerate(("logits", "gradient", "logits in place")):
+        out, ref, peer = (results[n][i] for n in ("out", "ref", "peer"))
+        check(out, ref.double(), [error(peer, ref.double())], k=3 if i == 1 else 2, name=label)
+
+
+def test_automatic_choice_stays_with_torch():
+    from qwen2vl_fast.ops.backends import choose, unusable
+
+    if triton.knobs.runtime.interpret:
+        assert unusable("mrope", "triton", "cpu") is None
+    assert choose("mrope", None, torch.device("cpu")) == "torch"
+    assert "no triton kernel" in unusable("varlen_attention", "triton", "cpu")
+
+
+MUTANTS = [
+    # module, the line's part, what it becomes, the kind of sample that shows it ("in place": check_in_place)
+    ("rope", "(pair >= END_0) & (pair < END_1)", "(pair > END_0) & (pair < END_1)", "vision_rope"),
+    ("rope", "(pair >= END_1)[None, :]", "(pair >= END_1 + 1)[None, :]", "mrope"),
+    ("rope", "sin * (scaling * SIGN)", "sin * scaling", "mrope"),
+    ("rope", "b * cos + a * sin", "b * cos - a * sin", "mrope"),
+    ("rope", "offset(head, stride_h)", "offset(head, 2 * HALF)", "mrope"),
+    ("rope", "offset(b, stride_p_b)", "offset(b, S)", "mrope_batch"),
+    ("rope", "rest = n * 3.139164786504813e-07", "rest = n * 0.0", "mrope"),
+    ("rope", "pair % PERIOD", "pair // 2", "vision_rope"),
+    ("rope", "inside = t < T", "inside = t < T + 1", "in place"),
+    ("norm", "x - (tl.sum(x, 1) / C)[:, None], 0.0", "x - (tl.sum(x, 1) / (C + 1))[:, None], 0.0", "layer_norm"),
+    ("norm", "tl.sum(x * x, 1) / C + EPS", "tl.sum(x * x, 1) / C", "rms_norm"),
+    ("norm", "grad_x = grad_x - (tl.sum(weighted, 1) / C)[:, None]", "grad_x = grad_x", "layer_norm"),
+    ("norm", "grad_bias += grad", "grad_bias = grad", "layer_norm"),
+    ("norm", "target = offset(source, C)", "target = offset(t, C)", "merge_patches"),
+    ("norm", "offset(source, stride_x_t)", "offset(source, C)", "rms_norm"),
+    ("norm", "x = (wide(x) + wide(residual)).to(x.dtype)", "x = (wide(x) - wide(residual)).to(x.dtype)", "rms_norm"),
+    ("norm", "grad_x = grad_x + wide(tl.load(grad_total_ptr", "grad_x = grad_x + 0 * wide(tl.load(grad_total_ptr", "rms_norm"),
+    ("activation", "z * _sigmoid(1.702 * z)", "z * _sigmoid(1.7 * z)", "quick_gelu"),
+    ("activation", "z * (1.0 - s)", "z * s", "quick_gelu"),
+    ("activation", "z * tl.exp(-0.5 * z * z)", "z * tl.exp(-z * z)", "gelu"),
+    ("activation", "_load(x_ptr + F, t", "_load(x_ptr, t", "swiglu"),
+    ("activation", "grad * gate * s, mask", "grad * s, mask", "swiglu"),
+    ("activation", "grad_bias += grad", "grad_bias = grad", "gelu"),
+    ("patchify", "t // 2 % 2", "t % 2", "patchify"),
+    ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
+    ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m[0]}: {m[2]}")
+def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
+    module, old, new, kind = mutant
+    original = importlib.import_module(f"qwen2vl_fast.kernels.{module}")
+    with open(original.__file__, encoding="utf-8") as file:
+        source = file.read()
+    assert old in source and old != new
+    path = tmp_path / f"{module}.py"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"qwen2vl_fast.kernels.{module}", path)
+    altered = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(altered)
+    monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels"), module, altered)
+    if module == "norm":
+        monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels.merge"), "norm", altered)
+    with pytest.raises(AssertionError):
+        if kind == "in place":
+            check_in_place(7, "cpu", torch.float16)
+        else:
+            for seed in range(12):
+                check_rule(kind, seed, torch.float32, layout=LAYOUTS[1 + seed % 2])
+
+
+def test_partial_sums_of_several_programs(device):
+    """More rows than one program of a backward kernel takes."""
+    for kind, rows in (("layer_norm", 300), ("gelu", 50)):
+        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        shared = {"weight": x[0], "bias": x[1]} if kind == "layer_norm" else {"bias": x[1]}
+        sample = Sample(kind, [{"x": x}], shared, {"eps": 1e-6} if kind == "layer_norm" else {})
+        call, _ = sample.call(torch.float32, device)
+        judge(functools.partial(getattr(ops, kind), backend="triton"), getattr(reference, kind), call, name=kind)

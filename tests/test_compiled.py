@@ -1,0 +1,104 @@
+"""The machine code of the Triton kernels for sm_80 and sm_90, made and read without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import triton
+
+from qwen2vl_fast.kernels import activation, merge, norm, patchify, rope
+from tests.compiled import CAPABILITIES, TABLE, Launch, cases, compiled, kernels, recorded, source
+
+REGISTERS = 65536  # of a multiprocessor
+
+
+def narrow_allowed(name: str) -> set[str]:
+    """Global accesses below 16 bytes that a kernel may have."""
+    if "rope" in name:
+        return {"LDG 8", "LDG 4"}  # positions and frequencies
+    if "raster" in name:
+        return {"LDG 8"}  # row numbers
+    if "160" in name:
+        return {"LDG 2", "STG 4"}  # weight, bias and partial sums: 160 of them a program
+    return {"LDG 1"} if name == "patchify" else set()  # three bytes a pixel, a gather
+
+
+def problems(name: str, row: dict, warps: int) -> list[str]:
+    """What the machine code has that it must not have."""
+    accesses = row["accesses"]
+    found = [f"{n} of {access}" for access, n in accesses.items()
+             if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
+    if "STG 16" not in accesses or ("LDG 16" not in accesses and name != "patchify"):
+        found.append("no access of 16 bytes")
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of local memory")
+    if row["registers"] * 32 * warps > REGISTERS:
+        found.append(f"{row['registers']} registers: no block fits a multiprocessor")
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code_is_as_recorded(capability):
+    """docs/registers.json holds for its Triton release exactly; for others, the limits alone do."""
+    recorded_table = json.loads(TABLE.read_text())
+    launches = cases()
+    assert set(recorded_table["kernels"]) == set(launches), "run python -m tests.compiled"
+    assert {launch.kernel.__name__ for launch in launches.values()} == set(kernels()), "a kernel without a case"
+    for name, launch in launches.items():
+        row = compiled(launch, capability)
+        assert problems(name, row, launch.options["num_warps"]) == [], f"{name}, sm_{capability}: {row}"
+        if recorded_table["triton"] == triton.__version__:
+            assert row == recorded_table["kernels"][name][f"sm_{capability}"], f"{name}: run python -m tests.compiled"
+
+
+def test_spills_and_narrow_accesses_are_seen():
+    launch = cases()["mrope 7B"]
+    starved = compiled(Launch(launch.kernel, launch.arguments, {**launch.options, "maxnreg": 32}), 90)
+    found = problems("mrope 7B", starved, 2)
+    assert any("local memory" in p for p in found) and any("STL" in p for p in found), starved
+    gate_up = torch.empty(48 * 512 + 1, dtype=torch.bfloat16)[1:].view(48, 512)  # two bytes off
+    with recorded() as launches:
+        activation.launch_swiglu(gate_up)
+    assert problems("swiglu", compiled(launches[0], 90), 4) != []
+
+
+def specialised(launcher, *arguments, **options) -> tuple:
+    with recorded() as launches:
+        launcher(*arguments, **options)
+    (launch,) = launches
+    made, meta = source(launch)
+    return made.signature, made.constants, str(made.attrs), meta
+
+
+def test_no_recompilation_when_lengths_change():
+    """Tokens, batch, number of images, sizes of frames: the same specialisation, hence the same binary."""
+    weight = torch.empty(160, dtype=torch.float16)
+    seen: dict[str, list] = {}
+
+    def note(name, *arguments, **options):
+        seen.setdefault(name, []).append(specialised(*arguments, **options))
+
+    for count in (1, 2, 15, 16, 17, 1000, 4096):
+        qkv = torch.empty(count, 8, 128, dtype=torch.float16)
+        positions = torch.empty(3, count, dtype=torch.int64)
+        q, k = qkv[:, :4], qkv[:, 4:6]
+        note("mrope", rope.launch, q, k, q, k, positions, torch.empty(64), (16, 24, 24), 1.0, 1.0)
+        x = torch.empty(count, 160, dtype=torch.float16)
+        note("norm", norm.launch, x, weight, weight, 1e-6, residual=x)
+        note("norm backward", norm.launch_backward, x, x, weight, weight, 1e-6, grad_total=x)
+        note("raster", merge.launch, x.repeat(4, 1), weight, weight, torch.zeros(4 * count, dtype=torch.int64), 1e-6)
+        note("gelu", activation.launch, x, weight, False)
+        note("gelu backward", activation.launch_backward, x, x, weight, False)
+        note("swiglu", activation.launch_swiglu, x)
+        note("swiglu backward", activation.launch_swiglu_backward, x[:, :80], x)
+        for batch in (1, 3):
+            q = torch.empty(batch, count, 4, 128, dtype=torch.float16)
+            ids = torch.empty(3, batch, count, dtype=torch.int64)
+            note("mrope batch", rope.launch, q, q, q.clone(), q.clone(), ids, torch.empty(64), (16, 24, 24), 1.0, 1.0)
+        if count < 100:
+            frames = torch.empty(2 * count, 28, 28 * count, 3, dtype=torch.uint8)
+            note("patchify", patchify.launch, frames, torch.float16, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
+    for name, found in seen.items():
+        assert all(other == found[0] for other in found), f"{name}: specialised by a length"
