@@ -140,7 +140,7 @@ REFERENCE_MUTANTS = [
 ]  # fmt: skip
 
 OPS_MUTANTS = [
-    ("ops/rope.py", "the gradient turns the same way", "*rest, -sign)", "*rest, sign)", rule("mrope")),
+    ("ops/rope.py", "the gradient turns the same way", "*rest, -sign, backend)", "*rest, sign, backend)", rule("mrope")),
     ("ops/rope.py", "rotated in bf16", "compute = torch.promote_types(x.dtype, torch.float32)", "compute = x.dtype",
      rule("mrope", BF16, range(12))),
     ("ops/rope.py", "the input is overwritten", "out = torch.empty_like(x, memory_format=torch.contiguous_format)\n    _rotate",
@@ -169,7 +169,7 @@ OPS_MUTANTS = [
     ("ops/activation.py", "bits that depend on the place", "return z / _inverse_sigmoid(z, 1.702)",
      "return z * torch.sigmoid(1.702 * z)",
      several(every.check_isolation, "ops", "seed", range(12), kind="quick_gelu", dtype=F32)),
-    ("ops/activation.py", "torch's gelu", "_pointwise(_gelu_rows)", "_pointwise(torch.nn.functional.gelu)",
+    ("ops/activation.py", "torch's gelu", "_pointwise(_gelu_rows,", "_pointwise(torch.nn.functional.gelu,",
      rule("gelu", seeds=range(12))),
     ("ops/activation.py", "a slope without its 1.702", "s * (1 + 1.702 * z * (1 - s))", "s * (1 + z * (1 - s))",
      rule("quick_gelu")),
@@ -177,7 +177,8 @@ OPS_MUTANTS = [
      "z = x.to(compute)", rule("gelu", seeds=range(8))),
     ("ops/activation.py", "a view of a permuted gradient", "grad_z.reshape(-1", "grad_z.view(-1",
      in_ops(rows.check_permuted_upstream, "gelu")),
-    ("ops/merge.py", "raster order not applied", "x = x[raster_to_merge_order(grid).to(x.device)]", "x = x + 0",
+    ("ops/merge.py", "raster order not applied", "raster_to_merge_order(grid).to(x.device)",
+     "torch.arange(x.shape[0], device=x.device)",
      in_ops(pixels.check_raster)),
     ("ops/merge.py", "every T/4-th row merged", "eps).view(-1, 4 * x.shape[1])",
      "eps).view(4, -1, x.shape[1]).transpose(0, 1).reshape(-1, 4 * x.shape[1])", rule("merge_patches")),
