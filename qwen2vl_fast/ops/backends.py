@@ -85,7 +85,6 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # decided while tracing: a ContextVar and find_spec are beyond dynamo
 def choose(op: str, backend: str | None, device: torch.device) -> str:
     """The backend that will run `op`: the one asked for, or the fastest that can.
 
@@ -111,6 +110,11 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
             stacklevel=3,
         )
     return name
+
+
+# What torch.compiler.assume_constant_result sets: the choice is made while tracing, since a ContextVar and find_spec are beyond
+# dynamo. Calling that function here would import dynamo, and so double the time that importing this package takes.
+choose._dynamo_marked_constant = True
 
 
 def _known(backend: str) -> None:
