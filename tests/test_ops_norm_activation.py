@@ -211,3 +211,26 @@ def test_outliers_stay_in_their_row(device):
         quiet, out = (getattr(ops, op)(values, weight=weight, **extra, eps=1e-6) for values in (x, loud))
         keep = [0, 1, 3, 4]
         assert out.isfinite().all() and same_bits(out[keep], quiet[keep])
+
+
+def test_bits_do_not_depend_on_threads():
+    """Real widths, shares of a thread that end anywhere: the same bits with one thread, three, and for a part alone."""
+    before = torch.get_num_threads()
+    x, gate_up, weight = randn(301, 640), randn(301, 2 * 640, seed=1), randn(640, seed=2)
+    calls = (
+        functools.partial(ops.quick_gelu, x),
+        functools.partial(ops.gelu, x, weight),
+        functools.partial(ops.swiglu, gate_up),
+        functools.partial(ops.rms_norm, x, weight, eps=1e-6),
+        functools.partial(ops.layer_norm, x, weight, weight, eps=1e-6),
+    )
+    try:
+        for call in calls:
+            expected = call()
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert same_bits(call(), expected)
+                part = functools.partial(call.func, call.args[0][7:100], *call.args[1:], **call.keywords)
+                assert same_bits(part(), expected[7:100])
+    finally:
+        torch.set_num_threads(before)

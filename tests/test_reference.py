@@ -12,6 +12,7 @@ from qwen2vl_fast.config import TextConfig
 from tests import oracle
 from tests.compare import DTYPES, HALVES, check_definition, check_pair_units, same_bits
 from tests.samples import SAMPLES
+from tests.test_positions import OLD_TRANSFORMERS
 
 
 def randn(*size: int, seed: int = 0) -> torch.Tensor:
@@ -240,8 +241,9 @@ YARN = {
     "factor 2.5": {"factor": 2.5, "original_max_position_embeddings": 8192, "beta_fast": 24, "beta_slow": 2},
     "attention_factor": {"factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.25},
     "mscale": {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 1.0},
-    "not truncated": {"factor": 8.0, "original_max_position_embeddings": 32768, "truncate": False},
 }
+if not OLD_TRANSFORMERS:  # 4.x does not know the key
+    YARN["not truncated"] = {"factor": 8.0, "original_max_position_embeddings": 32768, "truncate": False}
 
 
 def check_yarn(scaling: dict, config=TextConfig) -> None:
@@ -249,7 +251,9 @@ def check_yarn(scaling: dict, config=TextConfig) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     sizes = {"vocab_size": 10, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32768}
+    # 4.x takes the factor to be the ratio of these two lengths, whatever `factor` says; here it is both.
+    longest = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": longest}
     rope = {"rope_type": "yarn", **scaling}
     theirs = Qwen2Config(**sizes, **heads, rope_theta=1e6, rope_scaling={**rope, "rope_theta": 1e6})
     expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
