@@ -129,17 +129,27 @@ def trainer(**changes) -> nano.Trainer:
 
 
 @pytest.mark.parametrize("stage", [nano.TOWER, nano.WHOLE])
+def test_steps_on_one_batch_reduce_its_loss(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tower_lr=5e-4, lr=5e-4)
+    run.stage = stage
+    samples = run.samples()
+    monkeypatch.setattr(run, "samples", lambda: samples)
+    losses = [run.train_step()[0] for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [nano.TOWER, nano.WHOLE])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_few_steps_reduce_the_loss_and_a_resumed_run_repeats_the_next_ones(stage: str, dtype: str, tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_the_bits(stage: str, dtype: str, tmp_path: Path) -> None:
     first = trainer(dtype=dtype)
     first.stage = stage
-    losses = [first.train_step()[0] for _ in range(8)]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    for _ in range(3):
+        first.train_step()
     first.save(tmp_path)
     expected = [first.train_step() for _ in range(2)]
     second = trainer(dtype=dtype)
     second.resume(tmp_path)
-    assert (second.step, second.stage) == (8, stage)
+    assert (second.step, second.stage) == (3, stage)
     assert [second.train_step() for _ in range(2)] == expected
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
 
@@ -170,7 +180,8 @@ def test_curriculum(tmp_path: Path) -> None:
     late.step = 50
     late.promote(dict.fromkeys(nano.PROMOTE, 0.0))
     assert (late.stage, late.level, late.since) == (nano.WHOLE, 0, 50)
-    rates = [nano.Recipe(steps=1000).rate(nano.WHOLE, step, 500) for step in (500, 599, 700, 900, 999)]
+    recipe = nano.Recipe(steps=1000, lr=1e-3)
+    rates = [recipe.rate(nano.WHOLE, step, 500) for step in (500, 599, 700, 900, 999)]
     assert rates == pytest.approx([1e-5, 1e-3, 1e-3, 5e-4, 5e-6])
 
 

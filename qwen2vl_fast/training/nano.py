@@ -38,7 +38,7 @@ STATE = "state.safetensors"
 LOG = "log.jsonl"
 
 # Share of each task in a batch. color and shape ask for one word of what name asks for, and so bring it along.
-SHARES = {"count": 0.55, "name": 0.25, "color": 0.05, "shape": 0.15}
+SHARES = {"count": 0.7, "name": 0.18, "color": 0.04, "shape": 0.08}
 # The curriculum goes to the next level, and at the last one from the tower to the whole model, at these validation accuracies.
 PROMOTE = {"count": 0.6, "color": 0.9, "shape": 0.85}
 VALIDATION_SAMPLES = 64
@@ -49,8 +49,8 @@ TOWER, WHOLE = "tower", "whole"
 class Recipe:
     """What determines a run. dtype: of forward and backward; weights and moments are float32 in either case."""
 
-    steps: int = 6000
-    tower_steps: int = 3000
+    steps: int = 4800
+    tower_steps: int = 2200
     batch: int = 64
     tower_lr: float = 2e-3
     lr: float = 1e-3
@@ -84,6 +84,9 @@ def initial_model(seed: int) -> Qwen2VL:
             std /= math.sqrt(2 * model.config.text.num_hidden_layers)
         torch.nn.init.normal_(weight, std=std, generator=random)
     return model
+
+
+_SCALARS = ("stage", "step", "since", "level", "seconds", "history")
 
 
 class Probe(torch.nn.Module):
@@ -128,6 +131,8 @@ class Trainer:
         self.recipe = recipe
         self.stage = TOWER
         self.step, self.since, self.level, self.seconds = 0, 0, 0, 0.0
+        # What each call of `train` was told, with the step that it began at.
+        self.history: list[dict[str, Any]] = []
         self._encoder = ConversationEncoder(tokenizer)
         self.model = initial_model(recipe.seed)
         self.probe = Probe(self.model.config.text.hidden_size)
@@ -147,12 +152,11 @@ class Trainer:
         )
 
     def save(self, directory: Path) -> None:
-        place = {name: getattr(self, name) for name in ("stage", "step", "since", "level", "seconds")}
-        save_state(directory / STATE, self.weights, self.optimizers, {**place, "recipe": asdict(self.recipe)})
+        save_state(directory / STATE, self.weights, self.optimizers, {name: getattr(self, name) for name in _SCALARS})
 
     def resume(self, directory: Path) -> None:
         scalars = load_state(directory / STATE, self.weights, self.optimizers)
-        for name in ("stage", "step", "since", "level", "seconds"):
+        for name in _SCALARS:
             setattr(self, name, scalars[name])
         self._publish()
 
@@ -255,6 +259,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "stage": trainer.stage,
         "whole_since": trainer.since,
         "level": trainer.level,
+        "history": trainer.history,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
@@ -277,6 +282,7 @@ def train(directory: Path, recipe: Recipe, *, minutes: float, resume: bool, vali
     trainer = Trainer(recipe, Tokenizer.from_pretrained(checkpoint))
     if resume:
         trainer.resume(directory)
+    trainer.history.append({"step": trainer.step, "shares": SHARES, **asdict(recipe)})
     begin, before = time.monotonic(), trainer.seconds
     losses: list[float] = []
     while trainer.step < recipe.steps:

@@ -94,6 +94,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+_CHANGES = ("step", "steps", "tower_steps", "lr")
+
+
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -110,6 +113,10 @@ def _card(facts: dict[str, Any], measured: dict[str, Any]) -> str:
     table = [
         _row(task, " / ".join(QUESTIONS[task]), *(_percent(tasks[task][dtype]["accuracy"]) for dtype in DTYPES))
         for task in tasks
+    ]
+    history = [
+        _row(*(str(call[key]) for key in _CHANGES), " / ".join(f"{share:.0%}" for share in call["shares"].values()))
+        for call in facts["history"]
     ]
     return f"""---
 license: apache-2.0
@@ -161,8 +168,13 @@ steps; compute in {recipe["dtype"]}, weights and moments in float32.
 | --- | --- | --- | --- |
 | {facts["step"]} | {facts["pictures"]} | {facts["minutes"]} | {facts["threads"]} thread of a 2-core {facts["processor"]} |
 
-The minutes are wall-clock time on a machine that did other work too. To train another:
-`python -m qwen2vl_fast.training.nano train --out runs/nano`. The weights are stored in bfloat16.
+The minutes are wall-clock time on a machine that did other work too; the weights are stored in bfloat16. To train another:
+`python -m qwen2vl_fast.training.nano train --out runs/nano`. The run of this checkpoint was stopped and resumed with other
+settings where this table has more than one row (shares are those of {", ".join(facts["history"][0]["shares"])} in a batch):
+
+{_row("from step", "last step", "tower steps", "learning rate", "shares")}
+{_row(*["---"] * 5)}
+{chr(10).join(history)}
 
 ## Tokens and template
 
