@@ -21,7 +21,9 @@ from tests.preprocessing import ImageJudge
 # Sequences by what they hold. No video here has more frame pairs than its merged grid has rows or columns: see test_long_video.
 CASES = {
     "text": [[("text", 9)]],
-    "text, padded": [[("text", 9)], [("text", 1)], [("text", 4)]],
+    "one token": [[("text", 1)]],
+    # Beside longer ones, transformers 4.52 decodes a sequence of one token from a position too far.
+    "text, padded": [[("text", 9)], [("text", 2)], [("text", 4)]],
     "image": [[("text", 3), ("image", 4, 6), ("text", 4)]],
     "images of several sizes": [[("image", 2, 2), ("image", 6, 2), ("text", 1), ("image", 4, 10), ("image", 8, 8)]],
     "videos": [[("text", 2), ("video", 2, 4, 6), ("text", 2), ("video", 3, 6, 4), ("video", 1, 2, 2), ("text", 3)]],

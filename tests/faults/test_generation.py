@@ -131,13 +131,14 @@ def test_fault_2_prompt_in_chunks(config):
 @pytest.mark.parametrize("config", models.CONFIGS)
 def test_fault_3_batch_equals_single(config, padding):
     _, own = pair(config)
-    inputs = models.batch(MIXED, padding=padding)
+    rows = [*MIXED, [("text", 1)]]
+    inputs = models.batch(rows, padding=padding)
     real = models.real_tokens(inputs)
     with torch.no_grad():
         logits = own(**inputs).logits
     together = models.answers(own, inputs, max_new_tokens=6, **GREEDY)
-    for row in range(len(MIXED)):
-        one = models.alone(inputs, MIXED, row)
+    for row in range(len(rows)):
+        one = models.alone(inputs, rows, row)
         with torch.no_grad():
             check_parity(logits[row][real[row]], own(**one).logits[0], "lifted", f"sequence {row}")
         assert torch.equal(models.answers(own, one, max_new_tokens=6, **GREEDY)[0], together[row])

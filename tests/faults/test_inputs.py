@@ -231,6 +231,7 @@ def test_fault_18_cpu_model_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "_WRITTEN", dict.fromkeys(backends.BACKENDS, backends.OPS))
     monkeypatch.setattr(backends, "extension_error", lambda: None)
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     chosen = []
     choose = backends.unusable
