@@ -61,8 +61,8 @@ def render(text: str) -> str:
     if sorted(names) != sorted(TABLES):
         raise ValueError(f"README.md: expected the tables {sorted(TABLES)}, got {sorted(names)}")
     for name in names:
-        block = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda match, name=name: match[1] + TABLES[name]() + match[2], text)
+        block = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = block.sub(lambda match, name=name: match[1] + TABLES[name]() + "\n" + match[2], text)
     return text
 
 
