@@ -72,6 +72,7 @@ def generate(model: Any, input_ids: torch.Tensor | None = None, *, streamer: Any
         suppress_vision_tokens: never emit the ids that only media parts may carry.
         max_new_tokens: required.
         do_sample, temperature, top_k, top_p, repetition_penalty: None = generation_config.json. top_k 0 is off.
+            The penalty counts the ids of this call: what a cache held before is not among them.
         eos_token_id: an id or a list; None = the checkpoint's, [] = never stop.
         seed: of the sampling; None = torch's global generator.
         streamer: an object with put(tokens [B]) and end(), called for each step.
