@@ -263,7 +263,10 @@ class Processor:
     def _preprocess(self, medium: _Medium) -> None:
         try:
             if medium.kind == "image":
-                low, high = medium.options.get("min_pixels"), medium.options.get("max_pixels")
+                low, high = (
+                    media.positive(name, medium.options[name]) if name in medium.options else None
+                    for name in ("min_pixels", "max_pixels")
+                )
                 # The bound that a message gives wins over the checkpoint's other one.
                 bounds = {
                     "min_pixels": (self.min_pixels if high is None else min(self.min_pixels, high)) if low is None else low,
