@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -11,6 +12,8 @@ import torch
 
 from .cache import KVCache
 from .ops.backends import using
+
+FIRST_SLOTS = 4096  # cache slots for new tokens at first; the cache grows by itself
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,12 @@ def stream(
     if eos_token_id is None:
         ends = defaults.eos_token_id
     else:
-        ends = (eos_token_id,) if isinstance(eos_token_id, (Integral, str)) else tuple(eos_token_id)
+        ends = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
         for end in ends:
             _expect("eos_token_id", end, Integral, "an int or a list of them")
+    for name, flag in (("do_sample", do_sample), ("suppress_vision_tokens", suppress_vision_tokens)):
+        if flag is not None and not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     if cache is not None:
         _check_cache(cache, model)
     pad = defaults.pad_token_id if defaults.pad_token_id is not None else (ends[0] if ends else 0)
@@ -155,6 +161,11 @@ def stream(
         model, input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids,
         pixel_values, pixel_values_videos, cache, num_return_sequences, max_new_tokens, sampling, ends, pad,
     )  # fmt: skip
+
+
+# generate hands its options on; its signature shows them.
+_streaming, _generating = inspect.signature(stream), inspect.signature(generate)
+generate.__signature__ = _generating.replace(parameters=[*_streaming.parameters.values(), _generating.parameters["streamer"]])
 
 
 def _expect(name: str, value: Any, kind: type, words: str) -> None:
@@ -189,16 +200,21 @@ def _steps(
     model, input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids,
     pixel_values, pixel_values_videos, cache, times, max_new_tokens, sampling, ends, pad,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
-    if max_new_tokens == 0:
-        return
     packed = model._pack(
         input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids, cache
     )
+    if max_new_tokens == 0:
+        return
     if cache is None:
-        slots = max(packed.lengths) + max_new_tokens
+        slots = max(packed.lengths) + min(max_new_tokens, FIRST_SLOTS)
         cache = KVCache(model.config.text, len(packed.lengths), slots, dtype=model.dtype, device=model.device)
     with torch.no_grad(), using(model.backend):
-        hidden = model._hidden(packed, input_ids, inputs_embeds, pixel_values, pixel_values_videos, cache)
+        held = cache.lengths, cache.deltas
+        try:
+            hidden = model._hidden(packed, input_ids, inputs_embeds, pixel_values, pixel_values_videos, cache)
+        except BaseException:  # out of memory and Ctrl-C too: what the caller's cache held stays what it holds
+            cache.lengths, cache.deltas = held
+            raise
         cache.deltas = list(packed.deltas)
         last = torch.tensor(packed.lengths).cumsum(0) - 1
         logits = model._logits(hidden[last.to(hidden.device)])

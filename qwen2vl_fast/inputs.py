@@ -119,9 +119,36 @@ def pack(
     )
 
 
-def check_tensor(name: str, x: object) -> None:
-    if x is not None and not isinstance(x, torch.Tensor):
+def check_tensor(name: str, x: object, *, optional: bool = True) -> None:
+    if not isinstance(x, torch.Tensor) and not (optional and x is None):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def check_int(name: str, x: object) -> None:
+    if not isinstance(x, int) or isinstance(x, bool):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+
+
+def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocabulary: int) -> None:
+    """Shape and dtype; the values too when they are on the host."""
+    check_tensor("labels", labels)
+    if tuple(labels.shape) != shape or labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64 of shape {list(shape)}, got {labels.dtype} {list(labels.shape)}")
+    if labels.device.type == "cpu":
+        bad = ((labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))).nonzero()
+        if bad.numel():
+            row, column = bad[0].tolist()
+            raise ValueError(
+                f"labels[{row}, {column}]: expected {IGNORE} or 0..{vocabulary - 1}, got {int(labels[row, column])}"
+            )
+
+
+def refuse_autocast(device_type: str) -> None:
+    """Autocast would round some products and leave the rest of the network in another dtype than its weights."""
+    if torch.is_autocast_enabled(device_type):
+        raise RuntimeError(
+            "autocast is not supported: the ops compute in the dtype of the weights; load the model with dtype=torch.bfloat16"
+        )
 
 
 def _batch_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: int) -> tuple[int, int]:

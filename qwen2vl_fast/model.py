@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import generate as generation
@@ -17,7 +18,7 @@ from . import inputs as batches
 from . import ops, weights
 from .cache import KVCache
 from .config import Config
-from .modules import Linear
+from .modules import Linear, plain
 from .ops.backends import check_backend, using
 from .ops.linear import linear
 from .positions import attention_schedule, check_grid
@@ -54,8 +55,10 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Config, *, backend: str | None = None, max_pack_patches: int | None = None):
         """Random weights (normal, the config's initializer_range). See `from_pretrained` for the arguments."""
         super().__init__()
-        if max_pack_patches is not None and max_pack_patches < 4:
-            raise ValueError(f"max_pack_patches: expected at least 4 (one visual token), got {max_pack_patches}")
+        if max_pack_patches is not None:
+            batches.check_int("max_pack_patches", max_pack_patches)
+            if max_pack_patches < 4:
+                raise ValueError(f"max_pack_patches: expected at least 4 (one visual token), got {max_pack_patches}")
         check_backend(backend)
         self.config = config
         self.backend = backend
@@ -99,7 +102,7 @@ class Qwen2VL(nn.Module):
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device: expected one that this machine has, got {str(device)!r}; torch sees no CUDA device")
         directory = _local_folder(path_or_repo_id, revision)
@@ -169,19 +172,19 @@ class Qwen2VL(nn.Module):
             logits_to_keep: logits of the last n positions only; 0 = all.
         Raises: TypeError, ValueError naming the argument, what was expected and what came.
         """
+        batches.check_int("logits_to_keep", logits_to_keep)
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected 0 (all) or a positive number, got {logits_to_keep}")
         packed = self._pack(
             input_ids, inputs_embeds, attention_mask, image_grid_thw, video_grid_thw, mm_token_type_ids, position_ids
         )
-        if labels is not None and (tuple(labels.shape) != packed.shape or labels.dtype != torch.int64):
-            raise ValueError(f"labels: expected int64 of shape {list(packed.shape)}, got {labels.dtype} {list(labels.shape)}")
+        if labels is not None:
+            batches.check_labels(labels, packed.shape, self.config.text.vocab_size)
         with using(self.backend):
             hidden = self._hidden(packed, input_ids, inputs_embeds, pixel_values, pixel_values_videos)
             if labels is not None:
-                targets = batches.shifted_labels(labels, packed).to(hidden.device)
-                loss = ops.linear_cross_entropy(hidden, self.head_weight, targets)
-                return Output(loss, lambda: self._padded_logits(hidden, packed, logits_to_keep))
+                loss = self._loss(hidden, batches.shifted_labels(labels, packed).to(hidden.device))
+                return Output(loss, self._late_logits(hidden, packed, logits_to_keep))
             logits = self._padded_logits(hidden, packed, logits_to_keep)
             return Output(None, lambda: logits)
 
@@ -190,19 +193,15 @@ class Qwen2VL(nn.Module):
 
         Frame pairs are packed up to max_pack_patches; the result does not depend on the packing.
         """
+        for name, x in (("pixel_values", pixel_values), ("grid_thw", grid_thw)):
+            batches.check_tensor(name, x, optional=False)
         (grid,) = batches.to_host(grid_thw)
         grid = check_grid(grid, self.config.vision.spatial_merge_size)
         batches.check_pixels("pixel_values", pixel_values, int(grid.prod(1).sum()), self.config)
         return self._encode(grid, [pixel_values])
 
-    @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """Continues a batch of prompts: see `generate.generate` for the arguments. Returns [B, S + new]."""
-        return generation.generate(self, input_ids, **options)
-
-    def stream(self, input_ids: torch.Tensor | None = None, **options: Any) -> Iterator[torch.Tensor]:
-        """`generate` token by token: yields [B] int64 for each step, the pad id for a sequence that has ended."""
-        return generation.stream(self, input_ids, **options)
+    generate = generation.generate
+    stream = generation.stream
 
     def chat(self, messages: list, *, max_new_tokens: int = 512, stream: bool = False, **sampling: Any) -> Any:
         """Answers a conversation, or a list of them; see `chat.chat`. Needs the tokenizer files beside the weights."""
@@ -249,6 +248,7 @@ class Qwen2VL(nn.Module):
 
     def _hidden(self, packed, input_ids, inputs_embeds, pixel_values, pixel_values_videos, cache=None) -> torch.Tensor:
         """The decoder's output [T, E] for a packed batch; with a cache its keys and values are added to it."""
+        batches.refuse_autocast(self.device.type)
         rows = packed.rows.to(self.device, non_blocking=True)
         if inputs_embeds is not None:
             x = inputs_embeds.to(self.device, self.dtype).flatten(0, 1)[rows]
@@ -280,8 +280,9 @@ class Qwen2VL(nn.Module):
         return self._encode(packed.grid_thw, pixels) if pixels else None
 
     def _encode(self, grid_thw: torch.Tensor, pixels: list[torch.Tensor]) -> torch.Tensor:
-        x = [rows.to(device=self.device, dtype=self.dtype) for rows in pixels]
+        x = [rows.to(device=self.device, dtype=self.visual.patch_embed.proj.weight.dtype) for rows in pixels]
         x = x[0] if len(x) == 1 else torch.cat(x)
+        batches.refuse_autocast(self.device.type)
         with using(self.backend):
             packs = [self.visual(x[rows], grid) for rows, grid in batches.capped_packs(grid_thw, self.max_pack_patches)]
         if not packs:
@@ -289,7 +290,27 @@ class Qwen2VL(nn.Module):
         return packs[0] if len(packs) == 1 else torch.cat(packs)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.head_weight)
+        return linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.lm_head is None or plain(self.lm_head, Linear):
+            return ops.linear_cross_entropy(hidden, self.head_weight, targets)
+        logits = self._logits(hidden)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+    def _late_logits(self, hidden: torch.Tensor, packed: batches.Packed, keep: int) -> Callable[[], torch.Tensor]:
+        """The logits of this forward, for when they are asked for: not those of weights that have changed since."""
+        version = self.head_weight._version
+
+        def logits() -> torch.Tensor:
+            if self.head_weight._version != version:
+                raise RuntimeError(
+                    "logits: the head's weight has changed since this forward; read them before the optimizer step"
+                )
+            with using(self.backend):
+                return self._padded_logits(hidden, packed, keep)
+
+        return logits
 
     def _padded_logits(self, hidden: torch.Tensor, packed: batches.Packed, keep: int) -> torch.Tensor:
         batch, length = packed.shape

@@ -16,11 +16,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer is what its class says: no adapter in its place, no hook, no forward of its own."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and not any(hooks) and "forward" not in vars(layer)
+
+
 def without_bias(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(x W^T, b) for an op that adds the bias itself. A layer put in the place of a Linear, such as an adapter that holds it,
-    is not looked into: (layer(x), None).
-    """
-    if type(layer) is Linear:
+    """(x W^T, b) for an op that adds the bias itself. A layer that is more than its weights is called: (layer(x), None)."""
+    if plain(layer, Linear):
         return linear(x, layer.weight), layer.bias
     return layer(x), None
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import ops
 from .config import VisionConfig
-from .modules import LayerNorm, Linear, without_bias
+from .modules import LayerNorm, Linear, plain, without_bias
 from .ops.linear import linear
 from .positions import AttentionSchedule, attention_schedule, vision_position_ids
 from .reference import inverse_frequencies
@@ -63,7 +63,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return linear(pixel_values, self.proj.weight.flatten(1))
+        if plain(self.proj, nn.Conv3d):
+            return linear(pixel_values, self.proj.weight.flatten(1))
+        return self.proj(pixel_values.view(-1, self.proj.in_channels, *self.proj.kernel_size)).flatten(1)
 
 
 class VisionBlock(nn.Module):
