@@ -136,7 +136,7 @@ def _add_layer_norm_impl(x, residual, weight, bias, eps, backend="torch"):
 
 
 def _layer_norm_grad(grad, x, weight, bias, eps):
-    """Gradients of x, weight, bias. With u = (x - mean) r: r (g w - mean(g w) - u mean(g w u)), sum(g u), sum(g).
+    """Gradients of x, weight, bias. With u = (x - mean) r: r (y - mean(y)) with y = g w - u mean(g w u), sum(g u), sum(g).
 
     Not the library's backward: on the CPU it keeps mean and 1/std, and sums, in the dtype of x (in bf16 30 times the error).
     """
@@ -146,7 +146,8 @@ def _layer_norm_grad(grad, x, weight, bias, eps):
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     unit = centred * scale
     weighted = upstream * weight.to(compute)
-    inner = weighted - weighted.mean(-1, keepdim=True) - unit * (weighted * unit).mean(-1, keepdim=True)
+    inner = weighted - unit * (weighted * unit).mean(-1, keepdim=True)
+    inner = inner - inner.mean(-1, keepdim=True)  # last, which also takes out what rounding left of u's own mean
     sums = (upstream * unit, upstream)
     grad_weight, grad_bias = ((s.flatten(0, -2).sum(0) if x.dim() > 1 else s).to(weight.dtype) for s in sums)
     return (scale * inner).to(x.dtype), grad_weight, grad_bias
