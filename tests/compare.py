@@ -11,10 +11,12 @@ Over the whole tensor the root mean square of out - ref is at most 1.25 times pe
 Where the formula says too little:
 - The floor is that of the whole tensor, and at least one unit in the last place of 0.3 (for a ref of zeros it would be 0).
 - A segment of few elements can have a lucky peer. So the peer's error there counts as at least its error in the whole
-  tensor, scaled by max|ref| of the segment over max|ref| of the tensor; in a tensor of fewer than 64 elements as at least
-  one unit in the last place of max|ref|. Below 2048 elements the root mean square is left out.
-- Nothing judges float64 but float64. There the peer's error is that of the float32 peer (at float32 inputs) scaled by the
-  ratio of the two epsilons, k is one more for the reference's own error, and the root mean square is left out.
+  tensor, scaled by max|ref| of the segment over max|ref| of the tensor (for gradients not scaled: they can cancel to
+  nothing, as behind a softmax of one key, and the error that cancelled stays); in a tensor of fewer than 64 elements as at
+  least one unit in the last place of max|ref|. Below 2048 elements the root mean square is left out.
+- Nothing judges float64 but float64. There the peer's error is estimated by that of the float32 peer (at float32 inputs)
+  scaled by the ratio of the two epsilons, k is two more for the reference's own error and the estimate's, and the root mean
+  square is left out.
 """
 
 from __future__ import annotations
@@ -79,12 +81,13 @@ def check(
     assert math.isfinite(worst_peer), f"{name}: the peer overflows; the inputs are unfit for the rule"
     if ref.numel() < FEW:
         worst_peer = max(worst_peer, torch.finfo(out.dtype).eps * top)
-    k += out.dtype == torch.float64
+    gradient, k = k == GRADIENT, k + 2 * (out.dtype == torch.float64)
     for start, end in pairwise(bounds or (0, ref.shape[axis] if ref.dim() else 1)):
         if start == end:
             continue
         part, part_size, *peers = (x.narrow(axis, start, end - start) if x.dim() else x for x in (errors, size, *peer_errors))
-        peer = max(*(e.max().item() for e in peers), worst_peer * part_size.max().item() / (top or 1))
+        share = worst_peer * (1 if gradient else part_size.max().item() / (top or 1))
+        peer = max(*(e.max().item() for e in peers), share)
         worst, allowed = part.max().item(), k * peer + floor
         where = [int(i) for i in torch.unravel_index(part.argmax(), part.shape)]
         assert worst <= allowed, (

@@ -181,5 +181,6 @@ def test_blocks(kind, dtype):
 def test_many(kind, dtype, device):
     for layout in LAYOUTS:
         sweep(check_rule, range(100, 300), kind=kind, dtype=dtype, device=device, layout=layout)
-    sweep(check_isolation, range(100, 300), kind=kind, dtype=dtype, device=device)
-    sweep(check_nan_isolation, range(100, 300), kind=kind, dtype=dtype, device=device)
+    if SAMPLES[kind](0).isolated:
+        sweep(check_isolation, range(100, 300), kind=kind, dtype=dtype, device=device)
+        sweep(check_nan_isolation, range(100, 150), kind=kind, dtype=dtype, device=device)
