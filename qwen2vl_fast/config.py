@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model. `raw` is config.json as it was read, so that saving loses nothing."""
+    """A whole model.
+
+    `raw` is config.json as it was read. Saving writes what these fields say; of `raw` it takes bos_token_id and
+    initializer_range alone.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -147,9 +152,9 @@ class Config:
         """Raises ValueError for a key that is missing or a value that is not supported, naming both."""
         if raw.get("model_type") != "qwen2_vl":
             raise ValueError(f"config.json: model_type is {raw.get('model_type')!r}; expected 'qwen2_vl'")
-        text = {**raw, **(raw.get("text_config") or {})}
+        text = {**raw, **_section(raw, "text_config")}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"config.json: dtype {dtype!r} is not supported; expected one of {sorted(_DTYPES)}")
         if raw.get("quantization_config"):
             raise ValueError(f"config.json: quantization_config {raw['quantization_config']!r:.80} is not supported")
@@ -157,9 +162,9 @@ class Config:
         if raw.get("vision_token_id") is not None:  # the released name of <|vision_pad|>
             ids["vision_pad_token_id"] = _token_id("config.json", "vision_token_id", raw["vision_token_id"])
         config = cls(
-            vision=_vision_config(raw.get("vision_config") or {}),
+            vision=_vision_config(_section(raw, "vision_config")),
             text=_text_config(text),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            tie_word_embeddings=any(_flag("config.json", source, "tie_word_embeddings") for source in (raw, text)),
             dtype=_DTYPES[dtype],
             generation=_generation_config(generation or {}, text),
             raw=raw,
@@ -169,6 +174,11 @@ class Config:
             raise ValueError(
                 f"config.json: vision_config.hidden_size is {config.vision.hidden_size} but the decoder's hidden_size is "
                 f"{config.text.hidden_size}; the tower's output must have the decoder's width"
+            )
+        if max(config.vision_token_ids) >= config.text.vocab_size:
+            raise ValueError(
+                "config.json: vision_start_token_id, vision_end_token_id, vision_token_id, image_token_id and video_token_id "
+                f"are {list(config.vision_token_ids)}; expected ids below vocab_size {config.text.vocab_size}"
             )
         return config
 
@@ -249,9 +259,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _section(raw: dict[str, Any], name: str, place: str = "") -> dict[str, Any]:
+    """The JSON object under a key; one that is missing or null is empty."""
+    value = {} if raw.get(name) is None else raw[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {place}{name} is {value!r:.80}; expected a JSON object")
+    return value
+
+
+def _flag(file: str, raw: dict[str, Any], name: str) -> bool:
+    value = False if raw.get(name) is None else raw[name]
+    if not isinstance(value, bool):
+        raise ValueError(f"{file}: {name} is {value!r}; expected true or false")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _positive(section: str, raw: dict[str, Any], name: str, default: int | None = None) -> int:
     value = raw.get(name, default)
-    if isinstance(value, list) and len(set(value)) == 1:
+    if isinstance(value, list) and value and value == value[:1] * len(value):
         value = value[0]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"config.json: {section}{name} is {value!r}; expected a positive integer")
@@ -261,7 +290,7 @@ def _positive(section: str, raw: dict[str, Any], name: str, default: int | None 
 def _real(section: str, raw: dict[str, Any], name: str, default: float, least: float = 0.0) -> float:
     """A finite number over 0, and at least `least`."""
     value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf and value >= least):
+    if not _is_number(value) or not (0 < value <= sys.float_info.max and value >= least):
         expected = f"of at least {least}" if least else "over 0"
         raise ValueError(f"config.json: {section}{name} is {value!r}; expected a number {expected}")
     return value
@@ -284,7 +313,7 @@ def _vision_config(raw: dict[str, Any]) -> VisionConfig:
 
     _refuse("vision_config.", raw, "hidden_act", "quick_gelu")
     _refuse("vision_config.", raw, "spatial_merge_size", 2)
-    rope = raw.get("rope_parameters") or {}
+    rope = _section(raw, "rope_parameters", "vision_config.")
     _refuse("vision_config.rope_parameters.", rope, "rope_type", "axial", "default")
     config = VisionConfig(
         depth=size("depth", 32),
@@ -310,23 +339,31 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
         return _positive("", raw, name, default)
 
     _refuse("", raw, "hidden_act", "silu")
+    _refuse("", raw, "attention_dropout", 0.0)
+    _refuse("", raw, "attention_bias", True)
+    _real("", raw, "initializer_range", 0.02)
     layers = size("num_hidden_layers")
-    if raw.get("use_sliding_window") and raw.get("max_window_layers", layers) < layers:
+    full = raw.get("max_window_layers", layers)
+    if _flag("config.json", raw, "use_sliding_window") and not (_is_number(full) and full >= layers):
         raise ValueError(
-            f"config.json: use_sliding_window with max_window_layers {raw.get('max_window_layers')} of {layers} layers is not "
-            "supported; only full attention is"
+            f"config.json: use_sliding_window with max_window_layers {full!r} of {layers} layers is not supported; only full "
+            "attention is"
         )
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-        raise ValueError("config.json: layer_types other than 'full_attention' are not supported")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"config.json: layer_types is {kinds!r:.80}; expected a list of 'full_attention' alone")
+    rope = {**_section(raw, "rope_scaling"), **_section(raw, "rope_parameters")}
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     rope["rope_type"] = "default" if kind == "mrope" else kind
     _refuse("rope_scaling.", rope, "rope_type", "default", "yarn")
+    _refuse("", {**raw, **rope}, "partial_rotary_factor", 1.0)
+    theta = float(_real("", {**raw, **rope}, "rope_theta", 1e6))
     if rope["rope_type"] == "yarn":
-        if rope.get("factor") is None:
-            raise ValueError("config.json: rope_scaling of type 'yarn' needs a factor")
-        _real("rope_scaling.", rope, "factor", 1.0, least=1.0)
+        _check_yarn(rope, theta)
+    sections = (16, 24, 24) if rope.get("mrope_section") is None else rope["mrope_section"]
+    if not isinstance(sections, (list, tuple)):
+        raise ValueError(f"config.json: mrope_section is {sections!r}; expected a list of three numbers")
     config = TextConfig(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
@@ -335,8 +372,8 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
         num_attention_heads=size("num_attention_heads"),
         num_key_value_heads=size("num_key_value_heads", raw.get("num_attention_heads")),
         rms_norm_eps=float(_real("", raw, "rms_norm_eps", 1e-5)),  # transformers' default, which its files may leave out
-        rope_theta=float(_real("", {**raw, **rope}, "rope_theta", 1e6)),
-        mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
+        rope_theta=theta,
+        mrope_section=tuple(sections),
         max_position_embeddings=size("max_position_embeddings", 32768),
         rope=rope,
     )
@@ -358,29 +395,50 @@ def _text_config(raw: dict[str, Any]) -> TextConfig:
             f"config.json: mrope_section {list(sections)} must be three numbers of at least 0 that sum to head_dim / 2 = "
             f"{config.head_dim // 2}"
         )
+    try:
+        config.rope_table()
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(f"config.json: rope_scaling {rope!r:.200} with rope_theta {theta} gives no table: {error}") from None
     return config
+
+
+def _check_yarn(rope: dict[str, Any], theta: float) -> None:
+    place = "rope_scaling."
+    if rope.get("factor") is None:
+        raise ValueError("config.json: rope_scaling of type 'yarn' needs a factor")
+    _real(place, rope, "factor", 1.0, least=1.0)
+    for name in ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
+        _real(place, rope, name, 1.0)
+    for name in ("mscale", "mscale_all_dim"):
+        if rope.get(name):  # 0 stands for none
+            _real(place, rope, name, 1.0)
+    if "truncate" in rope and not isinstance(rope["truncate"], bool):
+        raise ValueError(f"config.json: {place}truncate is {rope['truncate']!r}; expected true or false")
+    if theta <= 1:
+        raise ValueError(f"config.json: rope_theta is {theta}; expected a number over 1 with rope_scaling of type 'yarn'")
 
 
 def _generation_config(raw: dict[str, Any], text: dict[str, Any]) -> GenerationConfig:
     def first(name: str, default: Any) -> Any:
         return next((source[name] for source in (raw, text) if source.get(name) is not None), default)
 
-    def number(name: str, default: float, most: float = math.inf) -> float:
-        value = raw.get(name) or default
-        if not isinstance(value, (int, float)) or not 0 < value <= most:
-            raise ValueError(f"{file}: {name} is {value!r}; expected a number in (0, {most}]")
-        return value
+    def number(name: str, default: float, most: float = sys.float_info.max) -> float:
+        value = default if raw.get(name) is None else raw[name]
+        if not _is_number(value) or not 0 < value <= most:
+            raise ValueError(f"{file}: {name} is {value!r}; expected a number over 0, at most {most:g}")
+        return float(value)
 
     file = "generation_config.json"
-    eos, pad, top_k = first("eos_token_id", ()), first("pad_token_id", None), raw.get("top_k") or 0
-    if not isinstance(top_k, int) or top_k < 0:
+    eos, pad, top_k = first("eos_token_id", ()), first("pad_token_id", None), raw.get("top_k")
+    top_k = 0 if top_k is None else top_k
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
         raise ValueError(f"{file}: top_k is {top_k!r}; expected 0 (off) or a positive integer")
     return GenerationConfig(
         eos_token_id=tuple(_token_id(file, "eos_token_id", i) for i in (eos if isinstance(eos, (list, tuple)) else (eos,))),
         pad_token_id=None if pad is None else _token_id(file, "pad_token_id", pad),
-        do_sample=bool(raw.get("do_sample", False)),
-        temperature=float(number("temperature", 1.0)),
+        do_sample=_flag(file, raw, "do_sample"),
+        temperature=number("temperature", 1.0),
         top_k=top_k,
-        top_p=float(number("top_p", 1.0, most=1)),
-        repetition_penalty=float(number("repetition_penalty", 1.0)),
+        top_p=number("top_p", 1.0, most=1),
+        repetition_penalty=number("repetition_penalty", 1.0),
     )

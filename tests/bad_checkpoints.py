@@ -101,9 +101,68 @@ case("config: head_dim", ValueError, "head_dim", "64", "128")(config_with(head_d
 case("config: quantized", ValueError, "quantization_config", "awq")(config_with(quantization_config={"quant_method": "awq"}))
 case("config: a token id", ValueError, "image_token_id", "'<|image_pad|>'")(config_with(image_token_id="<|image_pad|>"))
 case("config: end tokens", ValueError, "eos_token_id", "'<|im_end|>'")(config_with(eos_token_id="<|im_end|>"))
-case("config: sampling value", ValueError, "generation_config.json", "temperature", "-1")(
-    lambda folder: Config.from_dict(released_config(), {"temperature": -1.0})
+for _key in ("text_config", "vision_config", "rope_scaling", "rope_parameters"):
+    case(f"config: {_key} is a number", ValueError, _key, "5", "object")(config_with(**{_key: 5}))
+case("config: tower's rotary, a number", ValueError, "vision_config.rope_parameters", "5", "object")(
+    config_with({"rope_parameters": 5})
 )
+for _key, _value in (
+    ("layer_types", 5),
+    ("torch_dtype", ["x"]),
+    ("initializer_range", "x"),
+    ("initializer_range", -1),
+    ("hidden_size", [[1], 2]),
+    ("rope_theta", 10**400),
+    ("tie_word_embeddings", "false"),
+    ("use_sliding_window", "false"),
+    ("attention_dropout", 0.5),
+    ("attention_bias", False),
+    ("partial_rotary_factor", 0.5),
+):
+    case(f"config: {_key} {_value!r:.20}", ValueError, _key.removeprefix("torch_"), repr(_value))(config_with(**{_key: _value}))
+case("config: sliding window from no layer", ValueError, "use_sliding_window", "max_window_layers", "None")(
+    config_with(use_sliding_window=True, max_window_layers=None)
+)
+case("config: sections, a number", ValueError, "mrope_section", "5", "three")(config_with(rope_scaling=rope(mrope_section=5)))
+case("config: part of the head turned", ValueError, "partial_rotary_factor", "0.5")(
+    config_with(rope_scaling=rope(partial_rotary_factor=0.5))
+)
+for _key, _value in (
+    ("attention_factor", "x"),
+    ("beta_fast", "x"),
+    ("beta_slow", 0),
+    ("mscale", "a"),
+    ("mscale_all_dim", -1.0),
+    ("original_max_position_embeddings", -4),
+    ("truncate", "no"),
+):
+    case(f"config: YaRN, {_key} {_value!r}", ValueError, f"rope_scaling.{_key}", repr(_value))(
+        config_with(rope_scaling=rope(type="yarn", factor=4.0, **{_key: _value}))
+    )
+case("config: YaRN, theta 1", ValueError, "rope_theta", "1.0", "over 1")(
+    config_with(rope_scaling=rope(type="yarn", factor=4.0), rope_theta=1.0)
+)
+case("config: YaRN, bounds out of reach", ValueError, "rope_scaling", "no table")(
+    config_with(rope_scaling=rope(type="yarn", factor=4.0, beta_fast=1e308))
+)
+for _key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_token_id"):
+    case(f"config: {_key} over the vocabulary", ValueError, _key, "1000000000", "vocab_size", "272")(
+        config_with(**{_key: 10**9})
+    )
+for _key, _value in (
+    ("temperature", -1.0),
+    ("temperature", 0.0),
+    ("temperature", "hot"),
+    ("top_p", 0),
+    ("top_p", 1.5),
+    ("top_k", True),
+    ("top_k", ""),
+    ("repetition_penalty", 0),
+    ("do_sample", "false"),
+):
+    case(f"config: {_key} {_value!r}", ValueError, "generation_config.json", _key, repr(_value))(
+        lambda folder, key=_key, value=_value: Config.from_dict(released_config(), {"do_sample": True, key: value})
+    )
 
 
 # Checkpoints.
