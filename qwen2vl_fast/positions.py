@@ -6,9 +6,13 @@ A grid row is (t, h, w): frame pairs, patch rows, patch columns. Patches are sto
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
+
+_MAX_PATCHES = 2**31 - 1  # boundaries are int32
 
 
 def vision_position_ids(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
@@ -45,9 +49,10 @@ def vision_cu_seqlens(grid_thw: torch.Tensor) -> torch.Tensor:
     Source: MODEL.md section 2.
     """
     grid = check_grid(grid_thw, 1)
+    total = int(grid.prod(1).sum())
+    if total > _MAX_PATCHES:
+        raise ValueError(f"grid_thw: {total} patches in one pack do not fit int32 boundaries; use max_pack_patches")
     ends = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0]).cumsum(0)
-    if ends.numel() and int(ends[-1]) > 2**31 - 1:
-        raise ValueError(f"grid_thw: {int(ends[-1])} patches in one pack do not fit int32 boundaries; use max_pack_patches")
     return torch.cat((ends.new_zeros(1), ends)).to(device=grid_thw.device, dtype=torch.int32)
 
 
@@ -80,6 +85,7 @@ def mrope_position_ids(
         Values on a device are not read (no sync).
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1.
     """
+    check_integer("merge_size", merge_size, 1)
     check_tensor("input_ids", input_ids)
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
@@ -98,11 +104,12 @@ def mrope_position_ids(
         ("video", video_grid_thw, video_token_id),
     ):
         visual = (input_ids == token_id) & real
-        if grid is None or check_tensor(f"{name}_grid_thw", grid).shape[0] == 0:
+        if grid is not None:
+            check_grid_shape(f"{name}_grid_thw", grid)
+        if grid is None or grid.shape[0] == 0:
             if visual.device.type == "cpu" and visual.any():
                 raise ValueError(f"input_ids: {int(visual.sum())} {name} placeholders ({token_id}) but no {name}_grid_thw")
             continue
-        _check_grid_shape(grid)
         if grid.device.type == "cpu":
             check_grid(grid, merge_size)
         merged = grid.to(device=input_ids.device, dtype=torch.int64, non_blocking=True)
@@ -174,8 +181,7 @@ def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, devi
     Raises:
         TypeError, ValueError: boundaries that do not start at 0 or decrease; a bad grid; heads < 1.
     """
-    if heads < 1:
-        raise ValueError(f"heads: expected a positive number, got {heads}")
+    check_integer("heads", heads, 1)
     if check_tensor("cu_seqlens_or_grid_thw", cu_seqlens_or_grid_thw).dim() == 2:
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
@@ -192,6 +198,13 @@ def check_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     return x
+
+
+def check_integer(name: str, x: int, least: int | None = None) -> None:
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(x).__name__}")
+    if least is not None and x < least:
+        raise ValueError(f"{name}: expected at least {least}, got {x}")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int | None = None) -> torch.Tensor:
@@ -218,11 +231,17 @@ def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int | None = No
 
 def check_grid(grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
     """The grid as int64 on the host, checked."""
-    _check_grid_shape(grid_thw)
+    check_grid_shape("grid_thw", grid_thw)
+    check_integer("merge_size", merge_size, 1)
     grid = grid_thw.to(device="cpu", dtype=torch.int64)
     if (grid < 1).any():
         index = int((grid < 1).any(1).nonzero()[0])
         raise ValueError(f"grid_thw[{index}]: expected positive t, h, w, got {grid[index].tolist()}")
+    huge = grid.double().prod(1) > _MAX_PATCHES  # int64 would wrap
+    if huge.any():
+        index = int(huge.nonzero()[0])
+        row = grid[index].tolist()
+        raise ValueError(f"grid_thw[{index}]: expected at most {_MAX_PATCHES} patches, got {row}, that is {math.prod(row)}")
     ragged = (grid[:, 1:] % merge_size != 0).any(1)
     if ragged.any():
         index = int(ragged.nonzero()[0])
@@ -232,11 +251,11 @@ def check_grid(grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
     return grid
 
 
-def _check_grid_shape(grid_thw: torch.Tensor) -> None:
-    if check_tensor("grid_thw", grid_thw).is_floating_point() or grid_thw.dtype == torch.bool:
-        raise TypeError(f"grid_thw: expected integers, got {grid_thw.dtype}")
+def check_grid_shape(name: str, grid_thw: torch.Tensor) -> None:
+    if check_tensor(name, grid_thw).is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {grid_thw.dtype}")
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
-        raise ValueError(f"grid_thw: expected [N, 3] rows of (t, h, w), got shape {list(grid_thw.shape)}")
+        raise ValueError(f"{name}: expected [N, 3] rows of (t, h, w), got shape {list(grid_thw.shape)}")
 
 
 def _local_index(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

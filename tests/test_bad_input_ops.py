@@ -78,6 +78,12 @@ def rotary() -> Iterator[Bad]:
     yield Bad("sections of another sum", mrope(sections=(16, 24, 20)), ValueError, r"sections: .*D/2 = 64, got \(16, 24, 20\)")
     yield Bad("two sections", mrope(sections=(32, 32)), ValueError, r"sections: expected three numbers.*got \(32, 32\)")
     yield Bad("negative section", mrope(sections=(-1, 32, 33)), ValueError, r"sections: expected three.*got \(-1, 32, 33\)")
+    yield Bad("one section", mrope(sections=64), TypeError, "sections: expected three integers, got 64")
+    yield Bad("no sections", mrope(sections=None), TypeError, "sections: expected three integers, got None")
+    floats = mrope(sections=(16.0, 24.0, 24.0))
+    yield Bad("float sections", floats, TypeError, r"sections: expected three integers, got \(16.0, 24.0, 24.0\)")
+    yield Bad("no scaling", mrope(attention_scaling=None), TypeError, "attention_scaling: expected a number, got NoneType")
+    yield Bad("no theta", vision(theta=None), TypeError, "theta: expected a number, got NoneType")
     yield Bad("bf16 table", mrope(inv_freq=f(64).bfloat16()), TypeError, "inv_freq: expected float32.*got torch.bfloat16")
     yield Bad("float64 table", vision(inv_freq=f(20).double()), TypeError, "inv_freq: expected float32.*got torch.float64")
     yield Bad("short table", vision(inv_freq=f(40)), ValueError, r"inv_freq: expected \[20\] = \[20\], got shape \[40\]")
@@ -107,6 +113,7 @@ def rows() -> Iterator[Bad]:
             yield Bad(f"{op}: {name} elsewhere", call(**{name: wrong["away"]}), ValueError, f"{name}: expected the device of x")
             yield Bad(f"{op}: list {name}", call(**{name: wrong["none"]}), TypeError, f"{name}: expected a tensor, got list")
         if "norm" in op:
+            yield Bad(f"{op}: no eps", call(eps=None), TypeError, "eps: expected a number, got NoneType")
             broadcast, half = call(residual=f(1, 6)), call(residual=x.half())
             yield Bad(f"{op}: broadcast residual", broadcast, ValueError, r"residual: .*\[8, 6\], got shape \[1, 6\]")
             yield Bad(f"{op}: half residual", half, TypeError, "residual: expected the dtype of x")
@@ -124,6 +131,9 @@ def rows() -> Iterator[Bad]:
     yield Bad("merge: grid of more", merge(grid_thw=grid * 2), ValueError, "grid_thw: holds 64 patches, but x has 8 rows")
     yield Bad("merge: flat grid", merge(grid_thw=grid[0]), ValueError, r"grid_thw: expected \[N, 3\].*got shape \[3\]")
     yield Bad("merge: odd sides", merge(grid_thw=torch.tensor([[1, 1, 8]])), ValueError, r"grid_thw\[0\]: .*got \[1, 1, 8\]")
+    yield Bad("merge: no eps", merge(eps=None), TypeError, "eps: expected a number, got NoneType")
+    wraps = merge(f(0, 6), grid_thw=torch.tensor([[1, 2**32, 2**32]]))
+    yield Bad("merge: grid past int64", wraps, ValueError, r"grid_thw\[0\]: expected at most 2147483647 patches")
     yield Bad("merge: list", merge(grid_thw=[[1, 2, 4]]), TypeError, "grid_thw: expected a tensor, got list")
 
 
@@ -144,6 +154,7 @@ def attention() -> Iterator[Bad]:
     narrow = call(None, f(6, 2, 4), f(6, 2, 4))
     yield Bad("other head dim", narrow, ValueError, r"k: expected head dim 8 .*got shape \[6, 2, 4\]")
     yield Bad("head dim 0", call(f(6, 2, 0), f(6, 2, 0), f(6, 2, 0)), ValueError, r"q: .*head dim.*got shape \[6, 2, 0\]")
+    yield Bad("no heads", call(f(6, 0, 8), f(6, 1, 8), f(6, 1, 8)), ValueError, r"q: .*one head.*got shape \[6, 0, 8\]")
     other = call(None, f(7, 2, 8), f(7, 2, 8))
     yield Bad("more keys without boundaries", other, ValueError, "k: expected 6 tokens like q, got 7; pass cu_seqlens_k")
     for name, keyword in (("cu_seqlens", "cu"), ("cu_seqlens_k", "cu_seqlens_k")):
@@ -166,6 +177,10 @@ def attention() -> Iterator[Bad]:
     yield Bad("boundaries elsewhere", away, ValueError, "cu_seqlens: expected the device of q, cpu, got meta")
     schedule = positions.attention_schedule(bounds(0, 5), heads=4, device="cpu")
     yield Bad("schedule of another pack", call(schedule=schedule), ValueError, "schedule: made for 5 tokens, but q has 6")
+    moved = call(schedule=positions.attention_schedule(bounds(0, 3, 6), heads=4, device="cpu"))
+    yield Bad("schedule of other boundaries", moved, ValueError, "schedule: made for other boundaries than cu_seqlens")
+    yield Bad("schedule is a number", call(schedule=5), TypeError, "schedule: expected what .*attention_schedule.*, got int")
+    yield Bad("scale is text", call(scale="a"), TypeError, "scale: expected a number, got str")
 
 
 def pixels_and_loss() -> Iterator[Bad]:
@@ -198,6 +213,7 @@ def pixels_and_loss() -> Iterator[Bad]:
     past = loss(labels=torch.tensor([0, 4, 5, 1]))
     yield Bad("label V", past, ValueError, r"labels\[2\]: expected -100 or 0..4, got 5")
     other = loss(labels=torch.tensor([0, -100, 1, 1]), ignore_index=-1)
+    yield Bad("ignored label is text", loss(ignore_index="a"), TypeError, "ignore_index: expected an integer, got str")
     yield Bad("another ignored label", other, ValueError, r"labels\[1\]: expected -1 or 0..4, got -100")
 
 
@@ -221,7 +237,16 @@ def places() -> Iterator[Bad]:
     yield Bad("odd height", lambda: positions.vision_position_ids(torch.tensor([[1, 4, 4], [1, 3, 4]])), ValueError,
               r"grid_thw\[1\]: expected h and w to be multiples of the merge size 2, got \[1, 3, 4\]")  # fmt: skip
     yield Bad("no heads", lambda: positions.attention_schedule(grid, heads=0, device="cpu"), ValueError,
-              "heads: expected a positive number, got 0")  # fmt: skip
+              "heads: expected at least 1, got 0")  # fmt: skip
+    yield Bad("heads are text", lambda: positions.attention_schedule(grid, heads="2", device="cpu"), TypeError,
+              "heads: expected an integer, got str")  # fmt: skip
+    for value, error, message in (
+        (0, ValueError, "at least 1, got 0"), (-2, ValueError, "at least 1, got -2"), (2.0, TypeError, "an integer, got float")
+    ):  # fmt: skip
+        yield Bad(f"merge size {value}", lambda m=value: positions.vision_position_ids(grid, m), error,
+                  f"merge_size: expected {message}")  # fmt: skip
+        yield Bad(f"merge size {value} of text", lambda m=value: positions.mrope_position_ids(i(1, 4), merge_size=m), error,
+                  f"merge_size: expected {message}")  # fmt: skip
     yield Bad("int64 boundaries", lambda: positions.attention_schedule(bounds(0, 4).long(), heads=1, device="cpu"), TypeError,
               "cu_seqlens: expected int32, got torch.int64")  # fmt: skip
 
@@ -246,6 +271,10 @@ def places() -> Iterator[Bad]:
     yield Bad("grid without video", video, ValueError, "input_ids: 0 video placeholders .*asks for 4")
     yield Bad("odd grid", mrope(image=torch.tensor([[1, 3, 4]])), ValueError, r"grid_thw\[0\]: .*multiples of the merge size")
     yield Bad("grid is a list", mrope(image=[[1, 4, 4]]), TypeError, "image_grid_thw: expected a tensor, got list")
+    scalar = mrope(image=torch.tensor(5))
+    yield Bad("grid is a scalar", scalar, ValueError, r"image_grid_thw: expected \[N, 3\] .*, got shape \[\]")
+    wraps = mrope(i(1, 6), image=torch.tensor([[1, 2**33, 2**33]]))
+    yield Bad("grid past int64", wraps, ValueError, r"grid_thw\[0\]: expected at most 2147483647 patches")
     broken = torch.tensor([[1, 9, 9, 5, 9, 9]])
     yield Bad("text inside an image", mrope(broken), ValueError, "input_ids: 4 image placeholders")
 

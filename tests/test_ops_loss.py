@@ -91,6 +91,23 @@ def test_upstream_gradient_scales(device):
         assert same_bits(one * 4, four)
 
 
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_costs_nothing(frozen, monkeypatch, device):
+    """No gradient is made of what takes none, and the other one keeps its bits."""
+    hidden, weight, labels = inputs(9, device=device)
+    both = [x.detach().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(ops.linear_cross_entropy(*both, labels), both)
+    made = []
+    backward = loss._loss_grad
+    monkeypatch.setattr(loss, "_loss_grad", lambda *arguments: made.append(backward(*arguments)) or made[-1])
+    trained = int(frozen == "hidden")
+    tensors = [hidden, weight]
+    tensors[trained] = both[trained]
+    (grad,) = torch.autograd.grad(ops.linear_cross_entropy(*tensors, labels), both[trained])
+    assert same_bits(grad, expected[trained])
+    assert made[0][1 - trained].numel() == 0
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor made inside has."""
 
@@ -112,7 +129,7 @@ def test_no_logits_in_memory(monkeypatch, device):
     monkeypatch.setattr(loss, "_CHUNK_BYTES", 16 * 4 * 1000)
     with Largest() as largest:
         value, lse = loss._loss_impl(hidden, weight, labels, -100)
-        loss._loss_backward_impl(torch.ones_like(value), hidden, weight, labels, lse, -100)
+        loss._loss_backward_impl(torch.ones_like(value), hidden, weight, labels, lse, -100, True, True)
     assert largest.elements <= max(16 * 1000, weight.numel())
     with Largest() as control:
         reference.linear_cross_entropy(hidden, weight, labels)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
 
 from qwen2vl_fast import ops
+from qwen2vl_fast.ops import attention
 from qwen2vl_fast.ops.backends import BACKENDS, OPS, check_backend, choose, using
 from qwen2vl_fast.reference import inverse_frequencies
 from tests.compare import same_bits
@@ -51,7 +54,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "quick_gelu": [(leaf(3, 8), leaf(8)), (leaf(3, 8), None)],
         "gelu": [(leaf(3, 8), leaf(8)), (leaf(8, 3).T, None)],
         "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
-        "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), torch.randperm(8, device=device), 1e-6)],
+        "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), whole(1, 2, 4).view(1, 3), 1e-6)],
         **dict.fromkeys(("norm_backward", "activation_backward", "swiglu_backward"), []),  # kernels alone: tests/interpreted
         "varlen_attention": [
             (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
@@ -59,7 +62,10 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
         "patchify": [(frames, torch.float32), (frames, torch.float16)],
         "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
-        "linear_cross_entropy_backward": [(torch.ones_like(loss), hidden, words, labels, loss_lse, -100)],
+        "linear_cross_entropy_backward": [
+            (torch.ones_like(loss), hidden, words, labels, loss_lse, -100, *wanted)
+            for wanted in ((True, True), (True, False), (False, True))
+        ],
         "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],
     }
 
@@ -95,6 +101,7 @@ def calls(length: int, device: str = "cpu") -> dict[str, tuple]:
     ids = torch.arange(3 * length, device=device).view(3, length)
     bounds = torch.tensor([0, 4, length // 2, length], dtype=torch.int32, device=device)
     pixels = torch.zeros(length, 28, 56, 3, dtype=torch.uint8, device=device)
+    grid = torch.tensor([[1, 2, length // 2]], device=device)
     weight, bias = x(64), x(64)
     frozen = randn(length, 2, 80, device=device)
 
@@ -112,6 +119,13 @@ def calls(length: int, device: str = "cpu") -> dict[str, tuple]:
         "layer_norm": (lambda a, w, b: ops.layer_norm(a, w, b, eps=1e-6), x(length, 64), weight, bias),
         "add_layer_norm": (lambda a, w, b: ops.layer_norm(a, w, b, eps=1e-6, residual=a * 2), x(length, 64), weight, bias),
         "merge_patches": (lambda a, w, b: ops.merge_patches(a, w, b), x(length, 64), weight, bias),
+        "merge_patches from raster order": (
+            lambda a, w, b, g: ops.merge_patches(a, w, b, grid_thw=g),
+            x(length, 64),
+            weight,
+            bias,
+            grid,
+        ),
         "quick_gelu": (lambda a, b: ops.quick_gelu(a, b), x(length, 64), bias),
         "gelu": (lambda a, b: ops.gelu(a, b), x(length, 64), bias),
         "swiglu": (lambda a: ops.swiglu(a), x(length, 64)),
@@ -233,6 +247,21 @@ def test_the_cpu_never_reaches_a_gpu_kernel(simulated_device, op):
     for backend in ("cuda", "flash"):
         with pytest.raises(RuntimeError, match=f"backend '{backend}' can't run {op}: "):
             choose(op, backend, CPU)
+
+
+def test_packages_are_looked_up_once(monkeypatch):
+    """A look goes through all of sys.path: the choice made by every call of an op must not pay for it."""
+    looks = []
+    look = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: looks.append(name) or look(name, *a))
+    on_device = SimpleNamespace(device=CUDA, dtype=torch.bfloat16)
+    for _ in range(2):
+        looks.clear()
+        for op in OPS:
+            choose(op, None, CPU)
+        module.extension_error()
+        attention._has_varlen(on_device)
+    assert not looks
 
 
 def test_a_downgrade_warns_once(simulated_device, monkeypatch):

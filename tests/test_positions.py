@@ -263,11 +263,14 @@ def test_more_than_65535_segments():
 
 
 def check_boundaries_fit_int32(positions=positions) -> None:
-    """The last pack that fits, and the first that doesn't: boundaries never wrap."""
+    """The last pack that fits, and the first that doesn't: boundaries never wrap, and nothing is built before the refusal."""
     side = 32768  # 2^30 patches a frame pair
     assert positions.vision_cu_seqlens(torch.tensor([[1, side, side]])).tolist() == [0, 2**30]
     with pytest.raises(ValueError, match="2147483648 patches.*max_pack_patches"):
-        positions.vision_cu_seqlens(torch.tensor([[2, side, side]]))
+        positions.vision_cu_seqlens(torch.tensor([[1, side, side]] * 2))
+    for row in ([2, side, side], [1, 2**33, 2**33], [10**9, 2, 2]):  # the second wraps to 0 in int64
+        with pytest.raises(ValueError, match=r"grid_thw\[1\]: expected at most 2147483647 patches, got .*, that is \d{10}"):
+            positions.vision_cu_seqlens(torch.tensor([[1, 2, 2], row]))
 
 
 def test_boundaries_fit_int32():

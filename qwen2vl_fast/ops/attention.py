@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -55,9 +56,9 @@ def varlen_attention(
     Source: MODEL.md section 2. Definition: `reference.varlen_attention`.
     """
     _check(q, k, v, cu_seqlens, cu_seqlens_k)
-    if schedule is not None and schedule.total != q.shape[0]:
-        raise ValueError(f"schedule: made for {schedule.total} tokens, but q has {q.shape[0]}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if schedule is not None:
+        _check_schedule(schedule, cu_seqlens, q.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(checks.number("scale", scale))
     bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     name = choose("varlen_attention", backend, q.device)
     if name == "torch" and not _has_varlen(q):
@@ -83,8 +84,8 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k) -> None:
         if x.stride(-1) != 1 and x.numel():
             raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}; use .contiguous()")
     checks.shape("v", v, tuple(k.shape), "k's shape")
-    if q.shape[2] == 0:
-        raise ValueError(f"q: expected a head dim of at least 1, got shape {list(q.shape)}")
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        raise ValueError(f"q: expected at least one head and a head dim of at least 1, got shape {list(q.shape)}")
     if k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k: expected head dim {q.shape[2]} and a number of heads that divides {q.shape[1]}, got shape {list(k.shape)}"
@@ -99,6 +100,17 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k) -> None:
         checks.shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "[N + 1]")
 
 
+def _check_schedule(schedule: AttentionSchedule, cu_seqlens: torch.Tensor, total: int) -> None:
+    if not isinstance(schedule, AttentionSchedule):
+        raise TypeError(f"schedule: expected what positions.attention_schedule returns, got {type(schedule).__name__}")
+    if schedule.total != total:
+        raise ValueError(f"schedule: made for {schedule.total} tokens, but q has {total}")
+    if torch.compiler.is_compiling() or schedule.cu_seqlens is cu_seqlens:
+        return
+    if cu_seqlens.device.type == schedule.cu_seqlens.device.type == "cpu" and not torch.equal(cu_seqlens, schedule.cu_seqlens):
+        raise ValueError("schedule: made for other boundaries than cu_seqlens; pass its own schedule.cu_seqlens")
+
+
 def _longest(cu_seqlens: torch.Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
@@ -107,14 +119,24 @@ def _has_varlen(q: torch.Tensor) -> bool:
     """Whether torch's own variable-length flash attention takes this tensor."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return _TORCH_VARLEN
+
+
+_TORCH_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+@functools.cache
+def _varlen_keywords() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, deterministic):
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     # The keywords moved between torch 2.10 and 2.13: is_causal became window_size, and grouped queries were added.
-    keywords = inspect.signature(varlen_attn).parameters
+    keywords = _varlen_keywords()
     mask = {"window_size": (-1, 0 if causal else -1)} if "window_size" in keywords else {"is_causal": causal}
     group = q.shape[1] // k.shape[1]
     if group > 1 and "enable_gqa" in keywords:
@@ -165,11 +187,14 @@ def _plan(q, k, bounds, bounds_k, causal):
     Yields (query rows, key rows, count, Lq, Lk, mask): causal rows before the first key are dropped (bottom-right), after
     which a square is the library's own causal mask (mask=True) and a wider one needs an explicit mask.
     """
+    # A batch must give a segment the bits that it has alone. With one head the library's kernel is a single task alone, inside
+    # which BLAS uses all threads, and several tasks in a batch; in float64 the bits change with the thread that gets the task.
+    alone = q.device.type == "cpu" and (q.shape[1] == 1 or q.dtype == torch.float64)
     for start, start_k, count, length, length_k in _batches(bounds.tolist(), bounds_k.tolist()):
         blind = max(length - length_k, 0) if causal else 0
         if length == 0 or length_k == 0:
             continue
-        if blind and count > 1:
+        if count > 1 and (blind or alone):
             pieces = [(start + i * length + blind, start_k + i * length_k, 1) for i in range(count)]
         else:
             pieces = [(start + blind, start_k, count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +47,13 @@ def define(
     return getattr(torch.ops.qwen2vl_fast, name).default
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    """Looked up once: each look goes through all of sys.path."""
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
 def extension_error() -> str | None:
     """None when the compiled extension imports, else the reason."""
     if importlib.util.find_spec("qwen2vl_fast._C") is None:
@@ -70,9 +78,9 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
         return f"there is no {backend} kernel for {op} yet"
     if backend == "torch":
         return None
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+    if backend == "flash" and not _installed("flash_attn"):
         return "the flash-attn package is not installed (pip install qwen2vl-fast[flash])"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not _installed("triton"):
         return "triton is not installed"
     if backend == "triton" and device in (None, "cpu") and _interpreting():
         return None

@@ -46,6 +46,12 @@ def integers(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
+def number(name: str, x: float) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    return x
+
+
 def row_blocks(x: torch.Tensor) -> Iterator[slice]:
     """Slices of x's first dim small enough to stay in cache over several passes; one slice for a device tensor."""
     count = x.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..positions import check_integer
 from . import checks
 from .backends import choose, define
 
@@ -37,6 +38,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, ba
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
     checks.shape("labels", labels, (hidden.shape[0],), "[T]")
     checks.same_device("labels", labels, "hidden", hidden)
+    check_integer("ignore_index", ignore_index)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
         if bad.any():
@@ -71,19 +73,24 @@ def _loss_impl(hidden, weight, labels, ignore_index):
     return (lse - picked).masked_fill_(~counted, 0).sum() / counted.sum(), lse
 
 
-def _loss_backward_impl(grad, hidden, weight, labels, lse, ignore_index):
-    """d loss / d z_t = (softmax(z_t) - onehot(label_t)) / count, with the logits of a chunk computed again."""
+def _loss_backward_impl(grad, hidden, weight, labels, lse, ignore_index, wants_hidden, wants_weight):
+    """d loss / d z_t = (softmax(z_t) - onehot(label_t)) / count, with the logits of a chunk computed again.
+
+    A gradient that nobody wants is empty: that of a frozen head would be the largest tensor here.
+    """
     counted = labels != ignore_index
     safe = labels.where(counted, 0)
     factor = (grad / counted.sum()).masked_fill(~counted, 0)
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+    grad_hidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
+    grad_weight = torch.zeros(weight.shape if wants_weight else 0, dtype=lse.dtype, device=weight.device)
     for chunk in _chunks(hidden, weight):
         slope = (_logits(hidden[chunk], weight) - lse[chunk, None]).exp_()
         slope.scatter_add_(1, safe[chunk, None], slope.new_full((slope.shape[0], 1), -1.0))
         slope = slope.mul_(factor[chunk, None]).to(hidden.dtype)
-        grad_hidden[chunk] = slope @ weight
-        grad_weight += slope.t() @ hidden[chunk]
+        if wants_hidden:
+            grad_hidden[chunk] = slope @ weight
+        if wants_weight:
+            grad_weight += slope.t() @ hidden[chunk]
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -98,7 +105,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_lse):
-    return *_loss_grad(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
+    wanted = ctx.needs_input_grad[:2]
+    grads = _loss_grad(grad, *ctx.saved_tensors, ctx.ignore_index, *wanted)
+    return *(g if wants else None for g, wants in zip(grads, wanted, strict=True)), None, None
 
 
 _loss = define(
@@ -109,8 +118,10 @@ _loss = define(
     backward=_backward,
 )
 _loss_grad = define(
-    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index)"
-    " -> (Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
+    " bool wants_hidden, bool wants_weight) -> (Tensor, Tensor)",
     _loss_backward_impl,
-    lambda grad, hidden, weight, *_: tuple(torch.empty_like(x) for x in (hidden, weight)),
+    lambda grad, hidden, weight, labels, lse, ignore_index, *wanted: tuple(
+        x.new_empty(x.shape if wants else 0) for x, wants in zip((hidden, weight), wanted, strict=True)
+    ),
 )

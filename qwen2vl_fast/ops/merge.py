@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from ..positions import check_grid
+from ..positions import check_grid, check_grid_shape
 from ..reference import raster_to_merge_order
 from . import checks
 from .backends import choose, define
@@ -34,29 +36,37 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
     for name, parameter in (("weight", weight), ("bias", bias)):
         checks.same(name, parameter, "x", x)
         checks.shape(name, parameter, (x.shape[1],), "[D]")
+    checks.number("eps", eps)
     name = choose("merge_patches", backend, x.device)
     if grid_thw is None:
         return _layer_norm(x, weight, bias, eps, name).view(-1, 4 * x.shape[1])
+    check_grid_shape("grid_thw", grid_thw)
+    return _merge_rows(x, weight, bias, grid_thw, eps, name)[0]
+
+
+def _merge_rows_impl(x, weight, bias, grid_thw, eps, backend="torch"):
+    """The result, and for the backward pass the row of x for each row in merge order.
+
+    The grid's values are read here and not by the caller: torch.compile has none while it traces.
+    """
     grid = check_grid(grid_thw, 2)
-    if int(grid.prod(1).sum()) != x.shape[0]:
-        raise ValueError(f"grid_thw: holds {int(grid.prod(1).sum())} patches, but x has {x.shape[0]} rows")
-    return _merge_rows(x, weight, bias, raster_to_merge_order(grid).to(x.device), eps, name)
-
-
-def _merge_rows_impl(x, weight, bias, rows, eps, backend="torch"):
+    total = sum(map(math.prod, grid.tolist()))
+    if total != x.shape[0]:
+        raise ValueError(f"grid_thw: holds {total} patches, but x has {x.shape[0]} rows")
+    rows = raster_to_merge_order(grid).to(x.device)
     if backend == "triton":
         from ..kernels import merge as kernel
 
-        return kernel.launch(x, weight, bias, rows, eps)
-    return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1])
+        return kernel.launch(x, weight, bias, rows, eps), rows
+    return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1]), rows
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, bias, _, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, output[1])
 
 
-def _merge_rows_backward(ctx, grad):
+def _merge_rows_backward(ctx, grad, grad_rows):
     x, weight, bias, rows = ctx.saved_tensors
     grad = grad.reshape(-1, x.shape[1])
     if ctx.backend == "triton":
@@ -66,9 +76,9 @@ def _merge_rows_backward(ctx, grad):
 
 
 _merge_rows = define(
-    "merge_rows(Tensor x, Tensor weight, Tensor bias, Tensor rows, float eps, str backend='torch') -> Tensor",
+    "merge_rows(Tensor x, Tensor weight, Tensor bias, Tensor grid_thw, float eps, str backend='torch') -> (Tensor, Tensor)",
     _merge_rows_impl,
-    lambda x, *_: x.new_empty((x.shape[0] // 4, 4 * x.shape[1])),
+    lambda x, *_: (x.new_empty((x.shape[0] // 4, 4 * x.shape[1])), x.new_empty(x.shape[0], dtype=torch.int64)),
     setup_context=_setup,
     backward=_merge_rows_backward,
 )

@@ -24,7 +24,7 @@ def rms_norm(x, weight, *, eps: float, residual=None, backend: str | None = None
     Precision: the sum z is rounded to x's dtype; the rest in float32 (float64 for float64), one rounding at the end.
     Source: MODEL.md section 3. Definition: `reference.rms_norm`.
     """
-    name = _check("rms_norm", x, residual, backend, weight=weight)
+    name = _check("rms_norm", x, residual, eps, backend, weight=weight)
     return _rms_norm(x, weight, eps, name) if residual is None else _add_rms_norm(x, residual, weight, eps, name)
 
 
@@ -43,14 +43,15 @@ def layer_norm(x, weight, bias, *, eps: float, residual=None, backend: str | Non
     Precision: as `rms_norm`.
     Source: MODEL.md section 2. Definition: `reference.layer_norm`.
     """
-    name = _check("layer_norm", x, residual, backend, weight=weight, bias=bias)
+    name = _check("layer_norm", x, residual, eps, backend, weight=weight, bias=bias)
     if residual is None:
         return _layer_norm(x, weight, bias, eps, name)
     return _add_layer_norm(x, residual, weight, bias, eps, name)
 
 
-def _check(op: str, x, residual, backend, **parameters) -> str:
+def _check(op: str, x, residual, eps, backend, **parameters) -> str:
     checks.rows("x", x)
+    checks.number("eps", eps)
     for name, parameter in parameters.items():
         checks.same(name, parameter, "x", x)
         checks.shape(name, parameter, (x.shape[-1],), "[C]")

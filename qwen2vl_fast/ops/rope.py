@@ -41,14 +41,14 @@ def mrope(
     Precision: angles, cos and sin in float32; the rotation in float32 (float64 for float64 input); one rounding at the end.
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1. Definition: `reference.mrope`.
     """
-    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
+    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
     name = choose("mrope", backend, q.device)
     return _mrope(q, k, position_ids, table, list(sections), attention_scaling, 1.0, name)
 
 
 def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
     """`mrope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
-    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq)
+    table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
     name = choose("mrope_", backend, q.device)
     _refuse_grad("mrope_", q, k)
     _mrope_inplace(q, k, position_ids, table, list(sections), attention_scaling, name)
@@ -118,16 +118,19 @@ def _check_positions(position_ids: torch.Tensor, q: torch.Tensor, axes: int) -> 
 
 def _check_table(inv_freq: torch.Tensor | None, size: int, dim: int, theta: float, device: torch.device) -> torch.Tensor:
     if inv_freq is None:
-        return inverse_frequencies(dim, theta).to(device)
+        return inverse_frequencies(dim, checks.number("theta", theta)).to(device)
     if checks.check_tensor("inv_freq", inv_freq).dtype != torch.float32:
         raise TypeError(f"inv_freq: expected float32 (a rounded table is wrong from position 256 on), got {inv_freq.dtype}")
     checks.shape("inv_freq", inv_freq, (size,), f"[{size}]")
     return inv_freq.to(device)
 
 
-def _check_mrope(q, k, position_ids, theta, sections, inv_freq) -> torch.Tensor:
+def _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling) -> torch.Tensor:
     _check_heads(q, k, (3, 4), 2)
+    checks.number("attention_scaling", attention_scaling)
     dim = q.shape[-1]
+    if not isinstance(sections, list | tuple) or not all(isinstance(n, int) for n in sections):
+        raise TypeError(f"sections: expected three integers, got {sections!r}")
     if len(sections) != 3 or min(sections) < 0 or sum(sections) * 2 != dim:
         raise ValueError(f"sections: expected three numbers that sum to D/2 = {dim // 2}, got {tuple(sections)}")
     _check_positions(position_ids, q, 3)

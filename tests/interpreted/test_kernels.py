@@ -212,7 +212,7 @@ OPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name != "merge from raster order"])  # grids are read on the host
+@pytest.mark.parametrize("name", OPS)
 def test_compiles_without_breaks(name):
     """torch.compile(fullgraph=True), forward and backward, gives the eager bits."""
     torch._dynamo.reset()
