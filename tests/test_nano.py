@@ -19,6 +19,7 @@ from qwen2vl_fast.training import nano, nano_eval
 from qwen2vl_fast.training.data import conversation
 from qwen2vl_fast.training.nano_files import SPECIAL_TOKENS, TOKEN_IDS, write_files
 from qwen2vl_fast.training.pictures import TASKS
+from tests.models import peer_inputs
 
 NANO = Path(nano.__file__).parent.parent / "assets" / "nano"
 SAMPLES = 200
@@ -103,14 +104,15 @@ def test_transformers_gives_the_same_answers(processor: Processor) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
     ours = Qwen2VL.from_pretrained(NANO, device="cpu", dtype=torch.float32)
-    theirs = Qwen2VLForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32).eval()
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(NANO).float().eval()
     for task in TASKS:
         samples = nano_eval.unseen(task, 8)
         inputs = processor([conversation(sample, answered=False) for sample in samples])
         start = inputs["input_ids"].shape[1]
         # transformers finds the pictures of a prompt by the type of its tokens.
         types = (inputs["input_ids"] == TOKEN_IDS["<|image_pad|>"]).long()
-        expected = theirs.generate(**inputs, mm_token_type_ids=types, max_new_tokens=24, do_sample=False)[:, start:]
+        prompt = peer_inputs(theirs, {**inputs, "mm_token_type_ids": types})
+        expected = theirs.generate(**prompt, max_new_tokens=24, do_sample=False)[:, start:]
         got = nano_eval.answer(ours, processor, samples)
         assert got == [processor.decode(row) for row in expected]
 
