@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import media, video
+from .reference import IMAGE_MEAN, IMAGE_STD
 from .template import ChatTemplate, Masked
 from .tokenizer import PAD_TOKEN, TextStream, Tokenizer, read_json
 
@@ -37,8 +39,8 @@ _FIXED = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
-    "image_mean": list(media.MEAN),
-    "image_std": list(media.STD),
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
 }
 
 Messages = list[dict[str, Any]]
@@ -64,6 +66,11 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _known(value: Any, names: Iterable[str]) -> str | None:
+    """The name that a string equals. The template gets this one: a subclass of str may equal it and spell something else."""
+    return next((name for name in names if isinstance(value, str) and name == value), None)
+
+
 class _Reader:
     """Checks a conversation and takes it apart: `masked` for the template, `media` in the order of their parts."""
 
@@ -83,9 +90,9 @@ class _Reader:
             raise TypeError(f"{place}: expected a dict with the keys 'role' and 'content', got {_kind(message)}")
         if set(message) != {"role", "content"}:
             raise ValueError(f"{place}: expected the keys 'role' and 'content', got {sorted(map(str, message))}")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise ValueError(f"{place}: role: expected one of {', '.join(ROLES)}, got {role!r}")
+        role, content = _known(message["role"], ROLES), message["content"]
+        if role is None:
+            raise ValueError(f"{place}: role: expected one of {', '.join(ROLES)}, got {message['role']!r}")
         if isinstance(content, str):
             plain = self._text(content, place)
             masked = self.masked.name(plain)
@@ -101,10 +108,11 @@ class _Reader:
         """A part as the template gets it, with texts masked and plain; a medium is only named."""
         if not isinstance(part, dict):
             raise TypeError(f"{place}: expected a dict such as {{'type': 'text', 'text': ...}}, got {_kind(part)}")
-        kind = part.get("type")
-        if kind not in _PART_KEYS:
-            hint = "; download the picture and pass it as {'type': 'image', 'image': ...}" if kind == "image_url" else ""
-            raise ValueError(f"{place}: type: expected one of {', '.join(_PART_KEYS)}, got {kind!r}{hint}")
+        kind = _known(part.get("type"), _PART_KEYS)
+        if kind is None:
+            link = _known(part.get("type"), ("image_url",))
+            hint = "; download the picture and pass it as {'type': 'image', 'image': ...}" if link else ""
+            raise ValueError(f"{place}: type: expected one of {', '.join(_PART_KEYS)}, got {part.get('type')!r}{hint}")
         unknown = [key for key in part if key != "type" and key not in _PART_KEYS[kind]]
         if unknown:
             raise ValueError(
@@ -274,7 +282,8 @@ class Processor:
                 }
                 medium.rows, medium.grid = media.preprocess_images([medium.source], **bounds)
             else:
-                medium.rows, medium.grid = video.preprocess_videos([medium.source], **medium.options)
+                options = {name: [value] for name, value in medium.options.items()}
+                medium.rows, medium.grid = video.preprocess_videos([medium.source], **options)
         except OSError as error:
             reason = (error.strerror or str(error)).removeprefix(f"{medium.kind}s[0]: ")
             raise OSError(error.errno, f"{medium.place}: {reason}", error.filename) from error
@@ -354,7 +363,7 @@ def chat(
     inputs = processor(messages, max_length=config.text.max_position_embeddings)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     ends = sampling.get("eos_token_id")
-    ends = config.generation.eos_token_id if ends is None else (ends,) if isinstance(ends, int) else ends
+    ends = config.generation.eos_token_id if ends is None else (ends,) if isinstance(ends, Integral) else ends
     arguments = {**inputs, "max_new_tokens": max_new_tokens, **sampling}
     if stream:
         return _stream(model.stream(**arguments), TextStream(processor.tokenizer, skip_special_tokens), frozenset(ends))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def medium(path: str) -> dict[str, Any]:
     """The part of a message for a file: an image or a video by its extension; a folder is the frames of a video."""
+    if not path:
+        raise ValueError("expected the name of a file, got none")
     file = Path(path).expanduser()
     if file.is_dir():
         frames = sorted(frame for frame in file.iterdir() if frame.suffix.lower() in IMAGES)
@@ -124,8 +127,11 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
         self.attached: list[dict[str, Any]] = []
 
-    def attach(self, path: str) -> None:
+    def attach(self, path: str, kind: str | None = None) -> None:
+        """`kind` is what the user called it."""
         part = medium(path)
+        if kind not in (None, part["type"]):
+            raise ValueError(f"{path}: this is no {kind}; attach it with /{part['type']}")
         if self._arguments.max_pixels is not None:
             part["max_pixels"] = self._arguments.max_pixels
         self.attached.append(part)
@@ -213,7 +219,7 @@ def _interact(conversation: Conversation) -> int:
             elif command == "/help":
                 say(HELP)
             elif command in ("/image", "/video"):
-                conversation.attach(rest)
+                conversation.attach(rest, command[1:])
                 say(f"attached {rest}; {len(conversation.attached)} with the next question")
             elif command.startswith("/"):
                 say(f"{command} is no command; the commands are\n{HELP}")
@@ -277,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
     talk.add_argument("items", nargs="*", metavar="ITEM", help="pictures, videos, folders of frames; then the question")
     talk.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of each answer (default: 512)")
     talk.add_argument("--max-pixels", type=int, metavar="N", help="lower the resolution of pictures and frames to this area")
-    talk.add_argument("--temperature", type=float, help="sample at this temperature; 0 is greedy (default: the checkpoint's)")
+    talk.add_argument("--temperature", type=_temperature, help="of sampling; 0 is greedy (default: the checkpoint's)")
     talk.add_argument("--seed", type=int, help="of sampling")
     talk.set_defaults(run=run_chat)
 
@@ -294,6 +300,16 @@ def parser() -> argparse.ArgumentParser:
         training.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help=f"see: qwen2vl-fast {name} nano --help")
         training.set_defaults(run=run_training)
     return main_parser
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+    return value
 
 
 def _device(name: str) -> torch.device:

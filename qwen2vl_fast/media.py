@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .reference import IMAGE_MEAN, IMAGE_STD
+
 PATCH = 14
 MERGE = 2
 FACTOR = PATCH * MERGE
@@ -26,8 +28,6 @@ TOKEN_PIXELS = FACTOR * FACTOR
 ROW = 3 * 2 * PATCH * PATCH
 MIN_PIXELS = 4 * TOKEN_PIXELS
 MAX_PIXELS = 16384 * TOKEN_PIXELS
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 # Rows normalised at a time: 128 rows of a still image are 300 KB of float32, so the passes over them stay in cache.
@@ -218,7 +218,7 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
         raise ValueError(f"out: expected float32 [{pairs * patches}, {ROW}], got {out.dtype} {tuple(out.shape)}")
 
     # numpy: as fast as torch on one core, and not slowed when other work keeps torch's thread pool waiting.
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     target = out.numpy().reshape(pairs, patches, 3, 2, PATCH * PATCH)
     cells = frames.reshape(pairs, per_pair, height // FACTOR, MERGE, PATCH, width // FACTOR, MERGE, PATCH, 3)
     for pair, rows in zip(cells, target, strict=True):
@@ -292,6 +292,8 @@ def check_path(path: str | os.PathLike, limit: int, name: str) -> str:
         status = os.stat(path)
     except OSError as error:
         raise OSError(error.errno, f"{name}: {error.strerror}", path) from error
+    except ValueError as error:  # a null byte, or a character that the file system can't spell
+        raise ValueError(f"{name}: {path[:80]!r} can't be a path: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name}: not a regular file: {path!r}")
     check_bytes(status.st_size, limit, name)

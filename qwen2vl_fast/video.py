@@ -132,7 +132,8 @@ def preprocess_videos(
         videos: list or tuple; each a path (str or os.PathLike) to a file of FFmpeg's formats MP4/MOV, Matroska/WebM,
             AVI, MPEG, Ogg, FLV or GIF; or a list of frames, each of them what load_image takes; or a uint8 array or
             tensor [N,H,W,3] (a tensor may be [N,3,H,W]). The frames of a video have one size.
-        fps: frames to take a second of a file; one for all or a list with one for each. None is 2.
+        fps: frames to take a second of a file; one for all the files, or a list with one for each video, None where
+            it is not a file. None is 2.
         max_tokens: visual tokens of one video, at most; wins over min_pixels. A pair of frames is h*w/784 tokens.
         min_pixels, max_pixels: bounds of the area of one frame, one for all or a list with one for each. None is 128
             and 768 visual tokens a pair, or less (more) where that would cross the other bound.
@@ -142,8 +143,9 @@ def preprocess_videos(
         pixel_values: [T, 1176] float32, T = sum t*h*w, rows as preprocess_images has them.
         grid_thw: [N, 3] int64, (frame pairs, h, w) in patches.
     Raises:
-        TypeError, ValueError: as load_image and smart_resize; a damaged file; frames of different sizes; nframes for a
-            video that is not a file; a limit passed. The message begins with the place of the video, videos[i].
+        TypeError, ValueError: as load_image and smart_resize; a damaged file; frames of different sizes; nframes, or
+            fps of its own, for a video that is not a file; a limit passed. The message begins with the place of the
+            video, videos[i].
         OSError: a path that can't be read. ImportError: a file, and PyAV is not installed.
     Source: MODEL.md section 5.
     """
@@ -158,6 +160,8 @@ def preprocess_videos(
 
     clips, tokens = [], 0
     for i, video in enumerate(videos):
+        if isinstance(fps, (list, tuple)) and fps[i] is not None and not isinstance(video, (str, os.PathLike)):
+            raise ValueError(f"videos[{i}]: fps is for files; frames that are given are all taken")
         options = _Options(rates[i], counts[i], *bounds[i], max_tokens)
         clips.append(_load(video, options, limits, f"videos[{i}]"))
         tokens += len(clips[i]) // 2 * clips[i].shape[1] * clips[i].shape[2] // TOKEN_PIXELS

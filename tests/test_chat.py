@@ -323,7 +323,8 @@ def test_chat_stops_at_the_ends_it_is_given(processor):
     row = [*said(processor, "One"), dot, *said(processor, "two", end=False)]
     model = FakeModel(processor, [row])
     assert chat(model, processor, [user("x")]) == "One"
-    assert chat(model, processor, [user("x")], eos_token_id=dot) == "One"
+    for end in (dot, np.int64(dot)):
+        assert chat(model, processor, [user("x")], eos_token_id=end) == "One"
     assert chat(model, processor, [user("x")], eos_token_id=[]) == "One.two"
     assert "".join(chat(model, processor, [user("x")], eos_token_id=[dot], stream=True)) == "One"
     assert "".join(chat(model, processor, [user("x")], eos_token_id=[], stream=True)) == "One.two"

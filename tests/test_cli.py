@@ -335,6 +335,28 @@ def test_a_bug_shows_where_it_is(monkeypatch):
         cli.main(["demo"])
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "warm"])
+def test_a_temperature_is_not_negative(capsys, value):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["chat", "--temperature", value, "hi"])
+    assert stopped.value.code == 2 and f"expected a number of 0 or more, got '{value}'" in capsys.readouterr().err
+
+
+def test_what_is_attached_is_what_it_was_called(capsys, monkeypatch, processor, picture):
+    model = fake_loading(monkeypatch, processor, [processor.tokenizer.encode("ok")])
+    lines = ["/image", "/video", f"/video {picture}", f"/image {demo.PICTURES / 'clip'}", "hello"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    monkeypatch.chdir(picture.parent)
+    code, out, _ = run(capsys, "chat")
+    assert code == 0 and out.splitlines() == [
+        *["error: expected the name of a file, got none"] * 2,
+        f"error: {picture}: this is no video; attach it with /image",
+        f"error: {demo.PICTURES / 'clip'}: this is no image; attach it with /video",
+        "ok",
+    ]
+    assert model.prompts == [turn("user", "hello") + "<|im_start|>assistant\n"]
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["dance"], ["demo", "--device", "gramophone"], ["demo", "--device", "cuda:99"], ["train", "72b"]]
 )

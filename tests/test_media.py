@@ -291,6 +291,7 @@ BAD = {
     "other url": ("s3+ssl://bucket/a.png", ValueError, "URLs are not opened"),
     "file url": ("file:///a.png", ValueError, "URLs are not opened"),
     "data url": ("data:image/png;base64,AAAA", ValueError, "URLs are not opened"),
+    "null byte": ("a\0b", ValueError, "can't be a path"),
     "missing file": ("no/such/file.png", FileNotFoundError, "No such file"),
     "empty bytes": (b"", ValueError, "the file is empty"),
     "text": (b"hello, this is no picture", ValueError, "not a PNG, JPEG, WebP, GIF or BMP"),

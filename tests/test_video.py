@@ -426,6 +426,7 @@ BAD = {
     "aspect ratio": (np.zeros((2, 2, 402, 3), np.uint8), ValueError, "ratio over 200"),
     "url": ("https://example.com/a.mp4", ValueError, "URLs are not opened"),
     "rtsp": ("rtsp://example.com/a", ValueError, "URLs are not opened"),
+    "null byte": ("a\0b", ValueError, "can't be a path"),
     "missing file": ("no/such/file.mp4", FileNotFoundError, "No such file"),
 }
 
@@ -524,6 +525,7 @@ def test_damaged_files_give_a_video_or_a_value_error(tmp_path):
         ({"nframes": 769}, ValueError, "nframes: expected 2 to 768"),
         ({"nframes": 4.0}, TypeError, "nframes: expected an integer, got float"),
         ({"nframes": 4}, ValueError, r"videos\[0\]: nframes is for files"),
+        ({"fps": [2.0]}, ValueError, r"videos\[0\]: fps is for files"),
         ({"max_tokens": 0}, ValueError, "max_tokens: expected 1 or more, got 0"),
         ({"max_tokens": None}, TypeError, "max_tokens: expected an integer, got NoneType"),
         ({"min_pixels": 5000, "max_pixels": 4000}, ValueError, "min_pixels: expected at most max_pixels"),
