@@ -154,7 +154,7 @@ def attention() -> Iterator[Bad]:
     narrow = call(None, f(6, 2, 4), f(6, 2, 4))
     yield Bad("other head dim", narrow, ValueError, r"k: expected head dim 8 .*got shape \[6, 2, 4\]")
     yield Bad("head dim 0", call(f(6, 2, 0), f(6, 2, 0), f(6, 2, 0)), ValueError, r"q: .*head dim.*got shape \[6, 2, 0\]")
-    yield Bad("no heads", call(f(6, 0, 8), f(6, 1, 8), f(6, 1, 8)), ValueError, r"q: .*one head.*got shape \[6, 0, 8\]")
+    yield Bad("q with no head", call(f(6, 0, 8), f(6, 1, 8), f(6, 1, 8)), ValueError, r"q: .*one head.*got shape \[6, 0, 8\]")
     other = call(None, f(7, 2, 8), f(7, 2, 8))
     yield Bad("more keys without boundaries", other, ValueError, "k: expected 6 tokens like q, got 7; pass cu_seqlens_k")
     for name, keyword in (("cu_seqlens", "cu"), ("cu_seqlens_k", "cu_seqlens_k")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import math
@@ -125,18 +124,11 @@ def _has_varlen(q: torch.Tensor) -> bool:
 _TORCH_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-@functools.cache
-def _varlen_keywords() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def _torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, deterministic):
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     # The keywords moved between torch 2.10 and 2.13: is_causal became window_size, and grouped queries were added.
-    keywords = _varlen_keywords()
+    keywords = inspect.signature(varlen_attn).parameters
     mask = {"window_size": (-1, 0 if causal else -1)} if "window_size" in keywords else {"is_causal": causal}
     group = q.shape[1] // k.shape[1]
     if group > 1 and "enable_gqa" in keywords:
