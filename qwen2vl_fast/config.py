@@ -433,11 +433,13 @@ def _generation_config(raw: dict[str, Any], text: dict[str, Any]) -> GenerationC
     top_k = 0 if top_k is None else top_k
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
         raise ValueError(f"{file}: top_k is {top_k!r}; expected 0 (off) or a positive integer")
+    do_sample = _flag(file, raw, "do_sample")
+    off = not do_sample and raw.get("temperature") == 0  # how some files spell greedy
     return GenerationConfig(
         eos_token_id=tuple(_token_id(file, "eos_token_id", i) for i in (eos if isinstance(eos, (list, tuple)) else (eos,))),
         pad_token_id=None if pad is None else _token_id(file, "pad_token_id", pad),
-        do_sample=_flag(file, raw, "do_sample"),
-        temperature=number("temperature", 1.0),
+        do_sample=do_sample,
+        temperature=1.0 if off else number("temperature", 1.0),
         top_k=top_k,
         top_p=number("top_p", 1.0, most=1),
         repetition_penalty=number("repetition_penalty", 1.0),

@@ -70,7 +70,8 @@ class Qwen2VL(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         )
-        std = config.raw.get("initializer_range", 0.02)
+        std = config.raw.get("initializer_range")
+        std = 0.02 if std is None else std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=std)

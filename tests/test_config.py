@@ -239,3 +239,11 @@ def test_no_end_token():
     raw = released_config()
     del raw["eos_token_id"], raw["pad_token_id"]
     assert Config.from_dict(raw).generation.eos_token_id == ()
+
+
+def test_temperature_zero_is_how_some_files_spell_greedy():
+    raw = released_config()
+    config = Config.from_dict(raw, {"do_sample": False, "temperature": 0})
+    assert (config.generation.do_sample, config.generation.temperature) == (False, 1.0)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        Config.from_dict(raw, {"do_sample": True, "temperature": 0})
