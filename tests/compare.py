@@ -165,6 +165,7 @@ def judge(
     *,
     peers: Sequence[Callable] = (),
     gradients: bool = True,
+    rms: bool = True,
     without: Sequence[int] = (),
     seed: int = 0,
     name: str = "",
@@ -195,7 +196,7 @@ def judge(
         axis, bounds = call.segments.get(key, (0, None))
         k = GRADIENT if key in grads else FORWARD
         what = f"{name} gradient of {key}" if key in grads else f"{name} output {key}"
-        check(out, refs[key].double(), peer_errors, k=k, bounds=bounds, axis=axis, name=what)
+        check(out, refs[key].double(), peer_errors, k=k, bounds=bounds, axis=axis, rms=rms, name=what)
     return outputs, grads
 
 

@@ -148,7 +148,8 @@ def _norm(op: str, seed: int) -> Sample:
     shapes, randn = _sources(op, seed)
     width = shapes.choice((16, 19, 80, 160, 1280))
     middle = shapes.choice(((), (), (3,), (2, 2)))
-    spread, offset, residual = shapes.choice((0.1, 1, 30)), shapes.choice((0, 0, 5)), shapes.random() < 0.5
+    spread = shapes.choice((0.1, 1, 30))
+    offset, residual = spread * shapes.choice((0, 0, 5)), shapes.random() < 0.5
     names = ("x", "residual") if residual else ("x",)
     segments = [{n: randn(length, *middle, width) * spread + offset for n in names} for length in _lengths(shapes)]
     shared = {"weight": randn(width)} | ({"bias": randn(width)} if op == "layer_norm" else {})

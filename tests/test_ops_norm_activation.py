@@ -202,6 +202,15 @@ def test_frozen_parameters(dtype, device):
             assert grad.isfinite().all() and grad.any()
 
 
+@dtypes
+def test_rows_far_from_zero(dtype, device):
+    """Values of 5 +- 0.1: what is left of them below the mean is rounded alike by all, and no rms can be drawn from it."""
+    x, weight, bias = (randn(*size, seed=i, device=device, dtype=dtype) for i, size in enumerate(((40, 64), (64,), (64,))))
+    call = Call({"x": 5 + x / 10, "weight": weight, "bias": bias}, {"eps": 1e-6})
+    for backend in usable("layer_norm", device):
+        judge(functools.partial(ops.layer_norm, backend=backend), reference.layer_norm, call, rms=False, name=backend)
+
+
 def test_outliers_stay_in_their_row(device):
     """Massive activations: one channel at 1e4 leaves no NaN, and the rows beside it keep their bits."""
     x, weight = randn(5, 64, device=device, dtype=torch.bfloat16), torch.ones(64, device=device, dtype=torch.bfloat16)
