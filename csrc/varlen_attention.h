@@ -1,0 +1,41 @@
+// Variable-length attention over packed segments: what a launch is told, and the entry points.
+//
+// Shapes: T packed query tokens, Tk packed key tokens, H query heads, Hk key heads (H a multiple of Hk), D head dim.
+#pragma once
+
+#include <cstdint>
+
+namespace qwen2vl_fast {
+
+// One tile of work: a block of query rows of one head of one segment, and the keys that it sees. It stands for itself: a
+// kernel reads no cu_seqlens. The list of tiles is built once for a pack and serves every layer.
+struct Tile {
+  int q_row;     // first row of the block in q [T, H, D]
+  int rows;      // rows of the block, 0 (nothing to do) to the block size of the kernel
+  int k_row;     // first row of the segment in k and v [Tk, Hk, D]
+  int keys;      // keys of the segment that some row of the block sees; 0: o = 0, lse = -inf
+  int head;      // query head
+  int diagonal;  // causal: row i of the block sees the segment's keys j <= i + diagonal (may be negative); else unused
+  int unused[2];
+};
+static_assert(sizeof(Tile) == 32, "Python writes tiles as rows of eight int32");
+
+struct VarlenAttention {
+  const void* q;      // [T, H, D], last dimension contiguous, rows and heads 16-byte aligned
+  const void* k;      // [Tk, Hk, D]
+  const void* v;      // [Tk, Hk, D]
+  void* o;            // [T, H, D]
+  float* lse;         // [H, T], natural log
+  const Tile* tiles;  // [tile_count], longest first
+  int tile_count;
+  int T, Tk, H, Hk, D;
+  int64_t q_stride_t, q_stride_h;  // strides in elements
+  int64_t k_stride_t, k_stride_h;
+  int64_t v_stride_t, v_stride_h;
+  int64_t o_stride_t, o_stride_h;
+  float scale;
+  bool causal;
+  bool bfloat16;  // else float16
+};
+
+}  // namespace qwen2vl_fast
