@@ -237,7 +237,7 @@ def _interact(conversation: Conversation) -> int:
 def run_bench(arguments: argparse.Namespace) -> int:
     """The benchmarks of a checkout, one subject or all, each in a process of its own."""
     folder = CHECKOUT / "bench"
-    subjects = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "timing", "report"))
+    subjects = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "timing", "passes", "report"))
     if not subjects:
         raise FileNotFoundError("benchmarks live in the repository; install a checkout with pip install -e and run this again")
     wanted = [arguments.subject] if arguments.subject else subjects

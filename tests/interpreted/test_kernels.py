@@ -55,7 +55,7 @@ def check_outputs(kind: str, seed: int, dtype: torch.dtype, device: str, layout:
 @pytest.mark.full
 @every_kind
 @dtypes
-def test_many(kind, dtype, device):
+def test_many(kind, dtype, device="cpu"):
     """Every fifth case with gradients."""
     for index, layout in enumerate(LAYOUTS * 5):
         body = check_rule if index % 5 == 0 else check_outputs

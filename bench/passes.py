@@ -1,0 +1,202 @@
+"""Ops that move memory and compute little: what every subject of theirs shares. Correctness first, then times, then one table.
+
+    python -m bench.passes [SUBJECT ...] [--repeats 30] [--save]
+
+Each subject (rope, mrope, merge, norms, activations, patchify) is also a module of its own. A time stands beside the bytes that
+must move (every input read once, every output written once) as a share of the same run's copy bandwidth: warm, where what
+fits the L2 cache may exceed it, and cold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.timing import ceilings, measure, parser, publish, say
+
+SUBJECTS = ("rope", "mrope", "merge", "norms", "activations", "patchify")
+TOKENS = (1024, 4096, 32768)
+COLD_TOKENS = 4096  # up to here L2 holds the tensors from one call to the next, so that cold times are taken too
+HOST_CALLS = 200  # fewer than the launches that a stream queues
+CHECKED = 2048  # rows that the float64 definition takes at a time
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative error that no contender may exceed, bf16 tables included
+
+
+@dataclass
+class Case:
+    """One op at one shape.
+
+    contenders: each returns its outputs, rows first; the last `sums` of them are sums over the rows. definition: the same
+    outputs in float64 of some rows. bytes: that must move.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    contenders: dict[str, Callable[[], Sequence[Tensor]]]
+    definition: Callable[[slice], Sequence[Tensor]]
+    sums: int = 0
+    group: str = field(default="")  # contenders of a group are compiled once
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def tokens() -> tuple[int, ...]:
+    return TOKENS if torch.cuda.is_available() else TOKENS[:1]
+
+
+def random(*size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device()).manual_seed(seed)
+    return torch.randn(size, generator=generator, device=device(), dtype=torch.float32).to(dtype())
+
+
+def with_gradients(function: Callable[..., Any], leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call of function(*leaves) and of its backward pass: outputs, then the gradients of the leaves."""
+    inputs = [x.detach().requires_grad_() for x in leaves]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = _tuple(function(*inputs))
+        return *outputs, *torch.autograd.grad(outputs, inputs, upstream)
+
+    return run
+
+
+def compiled(function: Callable[..., Any], *arguments: Tensor) -> dict[str, Callable[[], Any]]:
+    """{"torch.compile": a call}, compiled once for every number of rows; {} on the CPU, where nothing of it is asked."""
+    if device() == "cpu":
+        return {}
+    made = torch.compile(function)
+    return {"torch.compile": lambda: made(*map(_any_rows, arguments))}
+
+
+def compiled_with_gradients(
+    function: Callable[..., Any], leaves: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> dict[str, Callable[[], Any]]:
+    if device() == "cpu":
+        return {}
+    made = torch.compile(function)
+    return {"torch.compile": with_gradients(lambda *inputs: made(*map(_any_rows, inputs)), leaves, upstream)}
+
+
+def _any_rows(x: Tensor) -> Tensor:
+    if x.dim() > 1:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+def _tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def relative_error(case: Case, outputs: Sequence[Tensor]) -> float:
+    """The largest over the outputs of |out - ref| / |ref| in the Euclidean norm."""
+    plain = len(outputs) - case.sums
+    wrong, size = [0.0] * plain, [0.0] * plain
+    totals: list[Any] = [0.0] * case.sums
+    for start in range(0, case.tokens, CHECKED):
+        rows = slice(start, min(start + CHECKED, case.tokens))
+        found = _tuple(case.definition(rows))
+        if len(found) != len(outputs):
+            raise ValueError(f"{case.name}: {len(outputs)} outputs, the definition has {len(found)}")
+        for i, ref in enumerate(found[:plain]):
+            first = outputs[i].shape[0] * rows.start // case.tokens
+            out = outputs[i][first : first + ref.shape[0]].double()
+            wrong[i] += float((out - ref).square().sum())
+            size[i] += float(ref.square().sum())
+        totals = [total + part for total, part in zip(totals, found[plain:], strict=True)]
+    errors = [(w / s) ** 0.5 for w, s in zip(wrong, size, strict=True)]
+    errors += [float((out.double() - ref).norm() / ref.norm()) for out, ref in zip(outputs[plain:], totals, strict=True)]
+    return max(errors)
+
+
+def host_seconds(run: Callable[[], Any], on: str) -> float:
+    """Seconds of Python and launching a call: what a caller waits for that does not wait for the device."""
+    run()
+    if on != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        run()
+    elapsed = (time.perf_counter() - start) / HOST_CALLS
+    if on != "cpu":
+        torch.cuda.synchronize()
+    return elapsed
+
+
+def measure_case(case: Case, repeats: int, copy: float) -> dict[str, Any]:
+    on, errors = device(), {}
+    for name, run in case.contenders.items():  # the first call of each: those that work in place find what they started with
+        errors[name] = relative_error(case, _tuple(run()))
+        if errors[name] > ALLOWED[dtype()]:
+            raise RuntimeError(f"{case.name}, {case.tokens} tokens, {name}: relative error {errors[name]:.1e}")
+    seconds = measure(case.contenders, repeats=repeats, device=on)
+    cold = {}
+    if on != "cpu" and case.tokens <= COLD_TOKENS:
+        cold = measure(case.contenders, repeats=repeats, device=on, cold=True)
+    rows = {}
+    for name, run in case.contenders.items():
+        row = {"seconds": seconds[name], "share_of_copy": case.bytes / seconds[name]["median"] / copy, "error": errors[name]}
+        if cold:
+            row |= {"cold_seconds": cold[name], "cold_share_of_copy": case.bytes / cold[name]["median"] / copy}
+        if on != "cpu" and case.tokens == TOKENS[0]:
+            row["host_seconds"] = host_seconds(run, on)
+        rows[name] = row
+    return {"op": case.name, "tokens": case.tokens, "bytes": case.bytes, "contenders": rows}
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """A row of the result for a person: microseconds, the share of copy bandwidth, cold, and the host's time of a call."""
+    yield f"{row['op']}, {row['tokens']} tokens"
+    for name, found in row["contenders"].items():
+        text = f"  {name:<22}{found['seconds']['median'] * 1e6:9.1f} us {100 * found['share_of_copy']:5.0f} %"
+        if "cold_seconds" in found:
+            text += f"   cold {found['cold_seconds']['median'] * 1e6:8.1f} us {100 * found['cold_share_of_copy']:4.0f} %"
+        if "host_seconds" in found:
+            text += f"   host {found['host_seconds'] * 1e6:6.0f} us"
+        if found["seconds"]["method"] == "events":
+            text += "   (no graph)"
+        yield text
+
+
+def run_subject(subject: str, options: argparse.Namespace, argv: Sequence[str] | None, ceiling: dict[str, Any]) -> None:
+    rows, group = [], None
+    for case in importlib.import_module(f"bench.{subject}").cases():
+        if case.group != group:
+            group = case.group
+            torch._dynamo.reset()
+        rows.append(measure_case(case, options.repeats, ceiling["copy_bytes_per_s"]))
+        for line in lines(rows[-1]):
+            say(options, line)
+    publish(f"{subject}_{device()}", options, argv, rows, ceilings=ceiling)
+
+
+def main(subjects: Sequence[str], description: str, argv: Sequence[str] | None = None) -> None:
+    """The command line of one subject, or of several in one process."""
+    arguments = parser(subjects[0] if len(subjects) == 1 else "passes", description)
+    if len(subjects) > 1:
+        arguments.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(subjects)} (default: all)")
+    options = arguments.parse_args(argv)
+    wanted = getattr(options, "subjects", None) or subjects
+    if unknown := set(wanted) - set(subjects):
+        arguments.error(f"expected {', '.join(subjects)}, got {', '.join(sorted(unknown))}")
+    ceiling = ceilings()
+    say(options, f"copy {ceiling['copy_bytes_per_s'] / 1e9:.0f} GB/s")
+    for subject in wanted:
+        run_subject(subject, options, argv, ceiling)
+
+
+if __name__ == "__main__":
+    main(SUBJECTS, __doc__)
