@@ -83,12 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         print(line(row))
     command = "python -m bench.micro" + (" --items " + " ".join(options.items) if options.items else "")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "environment": environment() | {"cuda": device[0] if device else None},
-        "command": command,
-        "failure": failure,
-        "rows": rows,
-    }
+    about = environment() | {"cuda": device[0] if device else None}
+    data = {"environment": about, "command": command, "failure": failure, "rows": rows}
     options.output.write_text(json.dumps(data, indent=2) + "\n")
     print(options.output)
     wrong = [row["name"] for row in rows if not row["right"]]
