@@ -171,7 +171,7 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         yield text
 
 
-def run_subject(subject: str, options: argparse.Namespace, argv: Sequence[str] | None, ceiling: dict[str, Any]) -> None:
+def run_subject(subject: str, options: argparse.Namespace, ceiling: dict[str, Any]) -> None:
     rows, group = [], None
     for case in importlib.import_module(f"bench.{subject}").cases():
         if case.group != group:
@@ -180,7 +180,7 @@ def run_subject(subject: str, options: argparse.Namespace, argv: Sequence[str] |
         rows.append(measure_case(case, options.repeats, ceiling["copy_bytes_per_s"]))
         for line in lines(rows[-1]):
             say(options, line)
-    publish(f"{subject}_{device()}", options, argv, rows, ceilings=ceiling)
+    publish(f"{subject}_{device()}", options, rows, ceilings=ceiling)
 
 
 def main(subjects: Sequence[str], description: str, argv: Sequence[str] | None = None) -> None:
@@ -195,7 +195,7 @@ def main(subjects: Sequence[str], description: str, argv: Sequence[str] | None =
     ceiling = ceilings()
     say(options, f"copy {ceiling['copy_bytes_per_s'] / 1e9:.0f} GB/s")
     for subject in wanted:
-        run_subject(subject, options, argv, ceiling)
+        run_subject(subject, options, ceiling)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""How everything here is timed: contenders interleaved in one process, medians, and the environment beside every number."""
+"""How everything here is timed: contenders interleaved in one process, events or CUDA graphs, the card's own ceilings."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,44 +18,152 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
+WARM_SECONDS = 1e-3  # one timed graph holds launches of about this long together, so that its own start is lost in them
+MAX_LAUNCHES = 64
+
+Run = Callable[[], Any]
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Seconds of each contender: minimum, median and maximum over `repeats` rounds in which every one runs once."""
+def measure(
+    contenders: dict[str, Run], *, repeats: int = 30, device: str, cold: bool = False, graph: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Seconds a call of each contender: minimum, median, maximum over rounds in which every one is timed once.
+
+    On CUDA, warm: device events around the replay of a graph of several calls; cold: FLUSH_BYTES are written before each
+    single call. A contender that cannot be captured (or graph=False) is called plainly between the events instead; "method"
+    says which it was ("graph", "events", or "clock" on the CPU) and "why" the reason why it is not a graph.
+
+    Returns: {contender: {"min", "median", "max", "method", "calls", perhaps "why"}}.
+    """
+    if not device.startswith("cuda"):
+        return _measure_cpu(contenders, repeats)
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if cold else None
+    prepared = {name: _prepare(run, 1 if cold else None, graph) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():  # warm-up
-        run()
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
+        for name, (run, calls, _, _) in prepared.items():
+            if flush is not None:
+                flush.fill_(turn)
+            elapsed = _events(run)
+            if turn:  # the first round warms up
+                seconds[name].append(elapsed / calls)
+    rows = {}
+    for name, (_, calls, method, why) in prepared.items():
+        rows[name] = _spread(seconds[name]) | {"method": method, "calls": calls} | ({"why": why} if why else {})
+    return rows
+
+
+def _measure_cpu(contenders: dict[str, Run], repeats: int) -> dict[str, dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
         for name, run in contenders.items():
-            _synchronise(device)
             start = time.perf_counter()
             run()
-            _synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {"min": min(times), "median": statistics.median(times), "max": max(times)} for name, times in seconds.items()
-    }
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: _spread(times) | {"method": "clock", "calls": 1} for name, times in seconds.items()}
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
+def _spread(times: list[float]) -> dict[str, float]:
+    return {"min": min(times), "median": statistics.median(times), "max": max(times)}
+
+
+def _events(run: Run) -> float:
+    """Seconds between device events on either side of one call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _prepare(run: Run, calls: int | None, graph: bool) -> tuple[Run, int, str, str]:
+    """(what to time, calls it makes, method, why it is not a graph). calls None: as many as fill WARM_SECONDS."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and allocates outside the capture, on a stream like the capture's
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    if calls is None:
+        once = min(_events(run) for _ in range(3))
+        calls = max(1, min(MAX_LAUNCHES, round(WARM_SECONDS / max(once, 1e-7))))
+
+    def plain() -> None:
+        for _ in range(calls):
+            run()
+
+    if not graph:
+        return plain, calls, "events", ""
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            plain()
+        captured.replay()
         torch.cuda.synchronize()
+    except Exception as error:  # whatever a peer does under capture, its row tells it and it is timed plainly
+        torch.cuda.synchronize()
+        return plain, calls, "events", "no graph: " + " ".join(str(error).split())[:160]
+    return captured.replay, calls, "graph", ""
+
+
+def ceilings(device: str | None = None) -> dict[str, Any]:
+    """What this device does in this run: bytes/s of a large copy (read + written), FLOP/s of a product of random matrices."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.startswith("cuda")
+    side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    size = (1 << 30) if cuda else (1 << 28)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    runs = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=c)}
+    seconds = measure(runs, repeats=20 if cuda else 5, device=device)
+    return {
+        "copy_bytes_per_s": 2 * size / seconds["copy"]["median"],
+        "matmul_flops": 2 * side**3 / seconds["matmul"]["median"],
+        "matmul": f"{side}^3 {str(dtype).removeprefix('torch.')}",
+    }
 
 
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a number: device, versions, commit, date."""
-    import transformers
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+    cuda = torch.cuda.is_available()
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "transformers": version("transformers"),
+        "triton": version("triton"),
+        "commit": commit(),
+        "sources": sources(),
     }
+    if cuda:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts |= {
+            "processor": processor(),
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1],
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+    return facts
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def processor() -> str:
@@ -64,14 +176,69 @@ def processor() -> str:
     return f"{name} ({capability})"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
+def commit() -> str:
+    name = _run("git", "rev-parse", "--short", "HEAD")
+    if not name:
+        return "no git checkout"
+    return name + ("+changes" if _run("git", "status", "--porcelain", "-uno") else "")
 
 
-def save(subject: str, command: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes bench/results/<subject>.json: environment, command, rows."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{subject}.json"
-    path.write_text(json.dumps({"environment": environment(), "command": command, "rows": rows}, indent=2) + "\n")
-    return path
+def sources() -> str:
+    """A short hash of the code that was measured: it names the state of a copy without .git, and of one with changes."""
+    digest = hashlib.sha256()
+    for folder, suffixes in (("kernels", (".py",)), ("qwen2vl_fast", (".py",)), ("csrc", (".cu", ".cuh", ".cpp", ".h"))):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in suffixes:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _run(*command: str) -> str:
+    """What a command prints, or nothing when it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def parser(subject: str, description: str, *, repeats: int = 30) -> argparse.ArgumentParser:
+    """The arguments that every subject takes."""
+    arguments = argparse.ArgumentParser(prog=f"qwen2vl-fast bench {subject}", description=description.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=repeats, help=f"rounds of each timing (default: {repeats})")
+    arguments.add_argument("--json", action="store_true", help="JSON on standard output, the rest on standard error")
+    arguments.add_argument(
+        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="write a JSON file there (default: bench/results)"
+    )
+    return arguments
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """A line for a person: on standard output, unless that carries JSON."""
+    print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+def command(subject: str, options: argparse.Namespace) -> str:
+    """The command line that measures this again; where the result went is no part of it."""
+    words = ["qwen2vl-fast bench", subject]
+    for key, value in vars(options).items():
+        if key in ("subjects", "json", "save") or value is None or value is False:
+            continue
+        words.append("--" + key.replace("_", "-"))
+        words += [] if value is True else [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    return " ".join(words)
+
+
+def publish(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Prints and writes NAME.json as asked: environment, command, rows and whatever else (ceilings=...). Returns it.
+
+    NAME is the subject, then perhaps _ and what tells its results apart.
+    """
+    result = {"environment": environment(), "command": command(name.split("_")[0], options), **more, "rows": rows}
+    text = json.dumps(result, indent=2) + "\n"
+    if options.json:
+        print(text, end="")
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / f"{name}.json").write_text(text, encoding="utf-8")
+        say(options, f"wrote {options.save / name}.json")
+    return result

@@ -1,6 +1,6 @@
 """The vision tower at its real widths (depth 4) against transformers with sdpa: same weights, same process, interleaved.
 
-    python -m bench.tower [--repeats 5] [--dtype float32] [--save]
+qwen2vl-fast bench tower [--repeats 5] [--dtype float32] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from bench.timing import interleave, save
+from bench.timing import measure, parser, publish, say
 from qwen2vl_fast.config import VisionConfig
 from qwen2vl_fast.vision import VisionTower
 from qwen2vl_fast.weights import share_parameters
@@ -33,7 +33,7 @@ def towers(dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, VisionTowe
     return theirs, ours.eval()
 
 
-def measure(repeats: int, dtype: torch.dtype, device: str) -> list[dict]:
+def race(options: argparse.Namespace, dtype: torch.dtype, device: str) -> list[dict]:
     theirs, ours = towers(dtype, device)
     rows = []
     with torch.inference_mode():
@@ -45,33 +45,29 @@ def measure(repeats: int, dtype: torch.dtype, device: str) -> list[dict]:
             error = float((ours(pixels, grid) - expected).norm() / expected.norm())
             if error > (1e-4 if dtype == torch.float32 else 3e-2):
                 raise RuntimeError(f"the towers disagree: relative error {error:.1e} on {grids}")
-            seconds = interleave(
+            seconds = measure(
                 {
                     "transformers sdpa": lambda p=pixels, g=device_grid: theirs(p, g),
                     "qwen2vl_fast": lambda p=pixels, g=grid: ours(p, g),
                 },
-                repeats,
-                device,
+                repeats=options.repeats,
+                device=device,
             )
             ratio = seconds["transformers sdpa"]["median"] / seconds["qwen2vl_fast"]["median"]
             rows.append({"grids": grids, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds, "speedup": ratio})
             patches = " + ".join(str(h * w * t) for t, h, w in grids)
             times = ", ".join(f"{name} {value['median'] * 1e3:.0f} ms" for name, value in seconds.items())
-            print(f"{patches} patches: {times}, {ratio:.2f}x (relative error {error:.1e})")
+            say(options, f"{patches} patches: {times}, {ratio:.2f}x (relative error {error:.1e})")
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tower", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--save", action="store_true", help="write bench/results/tower_DEVICE_DTYPE.json")
-    options = parser.parse_args(argv)
+    arguments = parser("tower", __doc__, repeats=5)
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = arguments.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = measure(options.repeats, getattr(torch, options.dtype), device)
-    if options.save:
-        command = f"python -m bench.tower --repeats {options.repeats} --dtype {options.dtype} --save"
-        print(save(f"tower_{device}_{options.dtype}", command, rows))
+    rows = race(options, getattr(torch, options.dtype), device)
+    publish(f"tower_{device}_{options.dtype}", options, rows)
 
 
 if __name__ == "__main__":
