@@ -43,31 +43,38 @@ struct ForwardSm80 {
   using Fragment = uint32_t[4];
   using Accumulator = float[4];
 
-  // ROWS rows to shared memory, those from `valid` on as zeros: 0 * NaN of a neighbour's V would be NaN.
+  // The 16-byte pieces that this lane copies: of every ROWS_A_PASS-th row from `row` on.
+  struct Lane {
+    int row, offset;  // row: past every block for a lane that copies nothing. offset: bytes within a row
+
+    DEV Lane() {
+      const int thread = not_foreseen(thread_index()), lane = thread % 32;
+      row = lane < PIECES * ROWS_A_WARP ? thread / 32 * ROWS_A_WARP + lane / PIECES : 1 << 20;
+      offset = lane % PIECES * 16;
+    }
+  };
+
+  // ROWS rows to shared memory, those from `valid` on as zeros: 0 * NaN of a neighbour's V would be NaN. `from` is the lane's
+  // piece of its first row, `stride` in elements.
   template <int ROWS>
-  static DEV void load_rows(uint32_t to, const void* from, int64_t stride, int valid) {
-    const int lane = thread_index() % 32;
-    const int first = thread_index() / 32 * ROWS_A_WARP + lane / PIECES;
-    const int piece = lane % PIECES;
-    const char* source = static_cast<const char*>(from) + 2 * (first * stride) + 16 * piece;
-    to += first * ROW + 16 * piece;
-    if (lane >= PIECES * ROWS_A_WARP) return;
+  static DEV void load_rows(uint32_t to, const char* from, int64_t stride, int valid, const Lane& lane) {
+    to += lane.row * ROW + lane.offset;
 #pragma unroll
     for (int pass = 0; pass < ROWS; pass += ROWS_A_PASS) {
-      const int row = first + pass;
-      if (row < ROWS) copy_async_16(to + pass * ROW, source + 2 * (pass * stride), row < valid ? 16 : 0);
+      if (lane.row + pass < ROWS) copy_async_16(to + pass * ROW, from, lane.row + pass < valid ? 16 : 0);
+      from += 2 * ROWS_A_PASS * stride;
     }
   }
 
-  static DEV const void* element(const void* base, int64_t offset) { return static_cast<const char*>(base) + 2 * offset; }
+  static DEV const char* piece(const void* base, int64_t row, int64_t stride_t, int head, int64_t stride_h, const Lane& lane) {
+    return static_cast<const char*>(base) + 2 * ((row + lane.row) * stride_t + head * stride_h) + lane.offset;
+  }
 
-  static DEV void load_keys(const VarlenAttention& args, const Tile& tile, int step, uint32_t stage) {
-    const int head = tile.head / (args.H / args.Hk);
-    const int64_t row = tile.k_row + static_cast<int64_t>(step) * BLOCK_N;
-    const int valid = tile.keys - step * BLOCK_N;
-    load_rows<BLOCK_N>(stage, element(args.k, row * args.k_stride_t + head * args.k_stride_h), args.k_stride_t, valid);
-    load_rows<BLOCK_N>(stage + BLOCK_N * ROW, element(args.v, row * args.v_stride_t + head * args.v_stride_h),
-                       args.v_stride_t, valid);
+  // Copies one step of K and V; `left` keys are left of the tile.
+  static DEV void load_keys(const VarlenAttention& args, const char* k, const char* v, int left, uint32_t stage,
+                            const Lane& lane) {
+    load_rows<BLOCK_N>(stage, k, args.k_stride_t, left, lane);
+    load_rows<BLOCK_N>(stage + BLOCK_N * ROW, v, args.v_stride_t, left, lane);
     copy_async_commit();
   }
 
@@ -116,8 +123,8 @@ struct ForwardSm80 {
 
   // Scores of keys that a row must not see become -inf. `first` is the step's first key.
   static DEV void mask(Accumulator (&s)[M_TILES][S_TILES], const Tile& tile, bool causal, int first) {
-    const int lane = thread_index() % 32;
-    const int row = thread_index() / 32 * 16 * M_TILES + lane / 4;
+    const int thread = not_foreseen(thread_index()), lane = thread % 32;
+    const int row = thread / 32 * 16 * M_TILES + lane / 4;
     const int column = first + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < M_TILES; ++i) {
@@ -207,8 +214,8 @@ struct ForwardSm80 {
   // o / sum and the log-sum-exp to global memory. A warp gathers its rows in shared memory, to write them in 16-byte pieces.
   static DEV void write(const VarlenAttention& args, const Tile& tile, const Accumulator (&o)[M_TILES][O_TILES],
                         const float (&top)[M_TILES][2], float (&sum)[M_TILES][2], uint32_t staging) {
-    const int lane = thread_index() % 32;
-    const int warp_row = thread_index() / 32 * 16 * M_TILES;
+    const int thread = not_foreseen(thread_index());
+    const int lane = thread % 32, warp_row = thread / 32 * 16 * M_TILES;
 #pragma unroll
     for (int i = 0; i < M_TILES; ++i) {
 #pragma unroll
@@ -245,12 +252,12 @@ struct ForwardSm80 {
   static DEV void run(const VarlenAttention& args) {
     const uint32_t memory = shared_memory();
     for (int index = block_index(); index < args.tile_count; index += block_count()) {
-      const Tile tile = args.tiles[index];
-      if (tile.rows > 0) run_tile(args, tile, memory);
+      if (args.tiles[index].rows > 0) run_tile(args, index, memory);
     }
   }
 
-  static DEV void run_tile(const VarlenAttention& args, const Tile& tile, uint32_t memory) {
+  static DEV void run_tile(const VarlenAttention& args, int index, uint32_t memory) {
+    const Tile tile = args.tiles[index];
     const float scale_log2 = args.scale * 1.44269504088896341f;
     const int steps = (tile.keys + BLOCK_N - 1) / BLOCK_N;
     const uint32_t q_shared = memory + Q_OFFSET;
@@ -271,12 +278,17 @@ struct ForwardSm80 {
       }
     }
 
+    const Lane lane;
+    const int key_head = tile.head / (args.H / args.Hk);
+    const char* k = piece(args.k, tile.k_row, args.k_stride_t, key_head, args.k_stride_h, lane);
+    const char* v = piece(args.v, tile.k_row, args.v_stride_t, key_head, args.v_stride_h, lane);
     barrier();  // other warps may still write out the tile before this one
     if (steps > 0) {
-      const int64_t offset = tile.q_row * args.q_stride_t + tile.head * args.q_stride_h;
-      load_rows<BLOCK_M>(q_shared, element(args.q, offset), args.q_stride_t, tile.rows);
-      load_keys(args, tile, 0, memory);
+      const char* rows = piece(args.q, tile.q_row, args.q_stride_t, tile.head, args.q_stride_h, lane);
+      load_rows<BLOCK_M>(q_shared, rows, args.q_stride_t, tile.rows, lane);
+      load_keys(args, k, v, tile.keys, memory, lane);
     }
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const uint32_t stage = memory + step % STAGES * STAGE;
       copy_async_wait<0>();
@@ -289,7 +301,11 @@ struct ForwardSm80 {
         }
         barrier();  // before keys replace q
       }
-      if (step + 1 < steps) load_keys(args, tile, step + 1, memory + (step + 1) % STAGES * STAGE);
+      if (step + 1 < steps) {
+        k += 2 * BLOCK_N * args.k_stride_t;
+        v += 2 * BLOCK_N * args.v_stride_t;
+        load_keys(args, k, v, tile.keys - (step + 1) * BLOCK_N, memory + (step + 1) % STAGES * STAGE, lane);
+      }
 
       Accumulator s[M_TILES][S_TILES];
       scores(s, q, q_shared, stage);
@@ -300,7 +316,7 @@ struct ForwardSm80 {
       weigh_values(o, s, stage + BLOCK_N * ROW);
     }
     if (Q_IN_REGISTERS) barrier();  // o goes where other warps may still read keys
-    write(args, tile, o, top, sum, q_shared);
+    write(args, args.tiles[not_foreseen(index)], o, top, sum, q_shared);
   }
 };
 
