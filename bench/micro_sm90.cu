@@ -206,13 +206,13 @@ void beside_case(Device& device) {
     }
 }
 
-template <bool OVERLAP, int SIXTEENTHS>
+template <Order ORDER, int SIXTEENTHS, bool SKIP = false>
 void skeleton_case(Device& device) {
-  auto kernel = skeleton<OVERLAP, SIXTEENTHS>;
+  auto kernel = skeleton<ORDER, SIXTEENTHS, SKIP>;
   allow_shared(kernel, MOST_SHARED);
   constexpr int blocks = 400;
   constexpr float scale = 0.01f;
-  for (int groups = 1; groups <= 3; groups++) {
+  for (int groups = ORDER == TURNS ? 2 : 1; groups <= 3; groups++) {
     Timing timing = measure(device, [&] {
       kernel<<<device.multiprocessors, 128 * groups, MOST_SHARED>>>(device.a, device.b, device.d, blocks, scale, 0,
                                                                     device.clocks);
@@ -235,8 +235,8 @@ void skeleton_case(Device& device) {
       }
     }
     char name[128], more[96];
-    std::snprintf(name, sizeof name, "%s, polynomial %d/16, %d warpgroups",
-                  OVERLAP ? "exponentials under P V" : "one after the other", SIXTEENTHS, groups);
+    std::snprintf(name, sizeof name, "%s, polynomial %d/16, rescale %s, %d warpgroups", ORDER_NAMES[ORDER], SIXTEENTHS,
+                  SKIP ? "when due" : "always", groups);
     std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f, \"error\": %.5f", 560.0 * groups * blocks / timing.cycles,
                   worst);
     report("skeleton", name, timing.cycles / blocks, "clocks a block of all", 560.0 * groups, timing, worst < 0.02, more);
@@ -457,11 +457,19 @@ int main(int count, char** names) {
     beside_case<SOFTMAX, 2>(device);
   }
   if (wanted("skeleton")) {
-    skeleton_case<true, 0>(device);
-    skeleton_case<true, 1>(device);
-    skeleton_case<true, 2>(device);
-    skeleton_case<false, 0>(device);
-    skeleton_case<false, 2>(device);
+    skeleton_case<SERIAL, 0>(device);
+    skeleton_case<TOGETHER, 0>(device);
+    skeleton_case<TOGETHER, 1>(device);
+    skeleton_case<TOGETHER, 0, true>(device);
+    skeleton_case<TOGETHER, 1, true>(device);
+    skeleton_case<UNDER, 0>(device);
+    skeleton_case<UNDER, 1>(device);
+    skeleton_case<UNDER, 2>(device);
+    skeleton_case<UNDER, 0, true>(device);
+    skeleton_case<UNDER, 1, true>(device);
+    skeleton_case<TURNS, 0>(device);
+    skeleton_case<TURNS, 0, true>(device);
+    skeleton_case<TURNS, 1, true>(device);
   }
   if (wanted("tma")) {
     tma_case<CHUNKS>(device);

@@ -184,8 +184,8 @@ DEV void fill_products(const bf16* a, const bf16* b, uint32_t at) {
 struct Softmax {  // of one thread's two rows
   float maximum[2], sum[2];
   DEV Softmax() : maximum{-INFINITY, -INFINITY}, sum{} {}
-  // s -> probabilities; returns what o is to be multiplied with. Rescales always, as the plain kernel does.
-  template <int SIXTEENTHS>
+  // s -> probabilities; returns what o is to be multiplied with. SKIP: a maximum that grows by less than 2^8 is not taken up.
+  template <int SIXTEENTHS, bool SKIP = false>
   DEV float2 exponentials(float (&s)[56], float scale) {
     float alpha[2], minus[2];
 #pragma unroll
@@ -195,6 +195,7 @@ struct Softmax {  // of one thread's two rows
       for (int i = 0; i < 28; i++) m = fmaxf(m, s[i / 2 * 4 + 2 * r + i % 2]);
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+      if (SKIP && (m - maximum[r]) * scale < 8.f) m = maximum[r];
       alpha[r] = exp2_unit((maximum[r] - m) * scale);
       minus[r] = -m * scale;
       maximum[r] = m;
@@ -208,9 +209,12 @@ struct Softmax {  // of one thread's two rows
   }
 };
 
+template <bool SKIP = false>
 DEV void rescale_and_pack(float (&o)[40], uint32_t (&p)[7][4], const float (&s)[56], float2 alpha) {
+  if (!SKIP || __any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
 #pragma unroll
-  for (int i = 0; i < 40; i++) o[i] *= i / 2 & 1 ? alpha.y : alpha.x;
+    for (int i = 0; i < 40; i++) o[i] *= i / 2 & 1 ? alpha.y : alpha.x;
+  }
 #pragma unroll
   for (int i = 0; i < 28; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
 }
@@ -263,14 +267,20 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
 
 // ---- 6: the loop of the attention kernel without its loads ----
 
-// Every warpgroup goes `blocks` times over the same K and V. OVERLAP: Q K of the next block and P V of this one are under way
-// together, and the exponentials run under P V; otherwise a warpgroup does one after the other and only its neighbours overlap.
-// `zero` is 0: it ties the last wait to the row sums, or else the assembler moves that wait above the exponentials.
-template <bool OVERLAP, int SIXTEENTHS>
+// What a warpgroup does in a round: Q K, exponentials, P V, each waited for; or Q K of a block and P V of the one before
+// together, then the exponentials, which only the neighbours' products run beside; or the exponentials under its own P V, and
+// that with the warpgroups taking turns in issuing.
+enum Order { SERIAL, TOGETHER, UNDER, TURNS };
+constexpr const char* ORDER_NAMES[] = {"one after the other", "P V + Q K, then exponentials", "exponentials under P V",
+                                       "exponentials under P V, in turns"};
+
+// Every warpgroup goes `blocks` times over the same K and V. `zero` is 0: it ties the last wait to the row sums, or else the
+// assembler moves that wait above the exponentials.
+template <Order ORDER, int SIXTEENTHS, bool SKIP>
 __global__ void __launch_bounds__(384, 1)
     skeleton(const bf16* a, const bf16* b, float* d, int blocks, float scale, uint32_t zero, Clocks* clocks) {
   const uint32_t at = shared_address(shared_bytes), barrier = at + 3 * TILE;
-  const int thread = threadIdx.x % 128;
+  const int thread = threadIdx.x % 128, groups = blockDim.x / 128, group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     expect_bytes(barrier, 0);
@@ -282,37 +292,42 @@ __global__ void __launch_bounds__(384, 1)
   for (int i = 0; i < 28; i++) products.p[i / 4][i % 4] = zero;
   __syncthreads();
   const long long start = clock64();
+  if (ORDER == TURNS && group == groups - 1) turn_give(0);
 #pragma unroll 1
   for (int block = 0; block < blocks; block++) {
+    if constexpr (ORDER == TURNS) turn_take(group);
     wgmma_fence();
+    if constexpr (ORDER == TOGETHER) products.pv();
     products.qk();
     wgmma_commit();
-    if constexpr (OVERLAP) {
+    if constexpr (ORDER == UNDER || ORDER == TURNS) {
       products.pv();
       wgmma_commit();
+      if constexpr (ORDER == TURNS) turn_give(group + 1 == groups ? 0 : group + 1);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
     }
-    float2 alpha = softmax.exponentials<SIXTEENTHS>(products.s, scale);
-    if constexpr (OVERLAP) {
+    float2 alpha = softmax.exponentials<SIXTEENTHS, SKIP>(products.s, scale);
+    if constexpr (ORDER == UNDER || ORDER == TURNS) {
       barrier_wait(barrier + (__float_as_uint(softmax.sum[0] + softmax.sum[1]) & zero), 0);
       wgmma_wait<0>();
     }
-    rescale_and_pack(products.o, products.p, products.s, alpha);
-    if constexpr (!OVERLAP) {
+    rescale_and_pack<SKIP>(products.o, products.p, products.s, alpha);
+    if constexpr (ORDER == SERIAL) {
       wgmma_fence();
       products.pv();
       wgmma_commit();
       wgmma_wait<0>();
     }
   }
-  if constexpr (OVERLAP) {
+  if constexpr (ORDER != SERIAL) {
     wgmma_fence();
     products.pv();
     wgmma_commit();
     wgmma_wait<0>();
   }
+  if (ORDER == TURNS && group == 0) turn_take(0);
   record(clocks, start, blocks);
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x < blockDim.x - 128) return;
   for (int r = 0; r < 2; r++) {

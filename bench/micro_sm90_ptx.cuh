@@ -147,6 +147,9 @@ DEV void barrier_wait_cluster(uint32_t barrier, int parity) {
 DEV void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+DEV void turn_take(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
+DEV void turn_give(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
+
 DEV void tma_3d(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
