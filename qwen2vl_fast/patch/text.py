@@ -1,0 +1,107 @@
+"""The decoder of transformers: M-RoPE, norms, SwiGLU.
+
+The instance's own rotary module hands position ids to the layers instead of cos and sin; the layers are called as the modules
+that they are. Shape letters: B batch, S length, H/Hk query/key heads, D head dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from .hooks import bare, hook_of, original, project
+from .norms import add_norm
+from .vision import frequencies
+
+
+class Rotation(NamedTuple):
+    """In the place of (cos, sin); three fields, so that code which expects those two fails instead of taking them.
+
+    position_ids: [3, B, S]. bits: [D/2] int32, the float32 frequencies bit by bit (see vision.Pack). scaling: of cos and sin.
+    """
+
+    position_ids: torch.Tensor
+    bits: torch.Tensor
+    scaling: float
+
+
+def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """position_ids: [3, B or 1, S]."""
+    hook = hook_of(self)
+    if not hook.active:
+        return original(self, x, position_ids)
+    hook.part.ran()
+    # Padded tokens: a rope delta can take their ids, which mean nothing, below zero.
+    ids = position_ids.expand(3, x.shape[0], -1).clamp(min=0)
+    table = frequencies(self, hook["exact"]).to(x.device)
+    return Rotation(ids, table.view(torch.int32), float(self.attention_scaling))
+
+
+def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+    """As the class's forward; the attention itself is the implementation that the config names."""
+    hook = hook_of(self)
+    kwargs = hook.bind((hidden_states, *args), {**kwargs}) if args else kwargs
+    kwargs.pop("hidden_states", None)
+    rotation = kwargs.get("position_embeddings")
+    if not isinstance(rotation, Rotation):
+        return original(self, hidden_states, **kwargs)
+    interface = hook["interface"](self, kwargs)
+    if interface is None:
+        hook.part.fell_back("attention weights were asked for, or an implementation without AttentionInterface")
+        kwargs["position_embeddings"] = original(hook["rotary"], hidden_states, rotation.position_ids)
+        return original(self, hidden_states, **kwargs)
+    hook.part.ran()
+    layers = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (project(layer, hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+    q, k = ops.mrope(
+        q, k, rotation.position_ids, sections=hook["sections"], inv_freq=rotation.bits.view(torch.float32),
+        attention_scaling=rotation.scaling, backend=hook.options.backend("mrope"),
+    )  # fmt: skip
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+    if cache is not None:
+        place = kwargs.get("cache_position")
+        k, v = cache.update(k, v, self.layer_idx, *(() if place is None else ({"cache_position": place},)))
+    mask = kwargs.get("attention_mask")
+    o, weights = interface(
+        self, q, k, v, mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.head_dim**-0.5,
+        **hook["mask_options"](self, q, mask, kwargs),
+        **{name: value for name, value in kwargs.items() if name not in hook.names},
+    )  # fmt: skip
+    o = project(self.o_proj, o.reshape(*hidden_states.shape[:-1], -1).contiguous())
+    return (o, weights, cache) if hook["returns_cache"] else (o, weights)
+
+
+def layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """x + attention(norm(x)), then x + mlp(norm(x)), the first addition fused with the second norm."""
+    hook = hook_of(self)
+    if args:
+        kwargs = hook.bind((hidden_states, *args), kwargs)
+        kwargs.pop("hidden_states")
+    if not hook.active or hook["checkpoints"] and self.gradient_checkpointing and self.training:
+        return original(self, hidden_states, **kwargs)
+    attended, *more = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    normed, x = add_norm(self.post_attention_layernorm, hook, hidden_states, attended)
+    x = x + self.mlp(normed)
+    if not hook["returns_tuple"]:
+        return x
+    weights, *cache = more
+    outputs = (x, weights) if kwargs.get("output_attentions") else (x,)
+    return (*outputs, *cache) if kwargs.get("use_cache") else outputs
+
+
+def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    hook = hook_of(self)
+    known = type(self.act_fn) in hook["activations"] and bare(self.act_fn, type(self.act_fn))
+    if not hook.active or not known:
+        if hook.active:
+            hook.part.fell_back(f"the activation is a {type(self.act_fn).__name__}")
+        return original(self, x)
+    hook.part.ran()
+    gate_up = torch.cat((project(self.gate_proj, x), project(self.up_proj, x)), -1)
+    return project(self.down_proj, ops.swiglu(gate_up, backend=hook.options.backend("swiglu")))

@@ -1,0 +1,208 @@
+"""The vision tower of transformers: patch embedding, packing, rotation, attention, activations, merge.
+
+The tower's forward makes a Pack from the grids on the host; its blocks are called as the modules that they are and hand it to
+their attention in the place of cos and sin. Shape letters: T patches of a pack, H heads, D head dim, C = H * D.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..inputs import capped_packs, to_host
+from ..ops.linear import linear
+from ..positions import AttentionSchedule, attention_schedule, check_grid, vision_position_ids
+from ..reference import vision_rope_angles
+from .hooks import activate, bare, hook_of, original, project, readable
+from .norms import add_norm
+
+MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
+
+
+class Pack(NamedTuple):
+    """In the place of (cos, sin); three fields, so that code which expects those two fails instead of taking them.
+
+    position_ids: [2, T]. bits: [D/4] int32, the float32 frequencies bit by bit: mixed precision (FSDP) casts every floating
+    tensor that is handed to a block.
+    """
+
+    position_ids: torch.Tensor
+    bits: torch.Tensor
+    schedule: AttentionSchedule
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        return self.bits.view(torch.float32)
+
+    def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What transformers hands to its blocks: [T, D] each, float32."""
+        angles = vision_rope_angles(self.position_ids, self.inv_freq)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+
+def tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    """hidden_states [T, patch_dim] and grid_thw [N, 3] -> as the class's forward: visual tokens [T / m^2, hidden]."""
+    hook = hook_of(self)
+    if not hook.active:
+        return original(self, hidden_states, grid_thw, **kwargs)
+    if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+        hook.part.fell_back("attention weights were asked for")
+        return original(self, hidden_states, grid_thw, **kwargs)
+    hook.part.ran()
+    return hook["run"](self, hidden_states, grid_thw, **kwargs)
+
+
+def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    hook = hook_of(self)
+    return_dict = kwargs.pop("return_dict", None)
+    given = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seqlens", "max_seqlen")}
+    x = self.patch_embed(hidden_states)
+    merge = self.spatial_merge_size
+    grid = bounds = None
+    if given["position_ids"] is None or given["cu_seqlens"] is None:
+        grid, bounds = to_host(grid_thw, given["cu_seqlens"])
+        grid = check_grid(grid, merge)
+    whole = several_ranks() or kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
+    if bounds is None and given["position_ids"] is None and not whole:
+        packs = [(x[rows], units) for rows, units in capped_packs(grid, MAX_PACK_PATCHES)]
+    else:
+        packs = [(x, grid)]
+    outputs = []
+    for rows, units in packs:
+        pack = _pack(self, rows.device, units, bounds, given["position_ids"])
+        for block in self.blocks:
+            rows = _call(self, hook, block, rows, pack, kwargs)
+        outputs.append(rows)
+    x = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    merged = self.merger(x)
+    if not hook["output"]:
+        return merged
+    result = hook["output"](last_hidden_state=x, pooler_output=merged)
+    return result.to_tuple() if return_dict is False else result
+
+
+def several_ranks() -> bool:
+    """Whether other processes may wait for this one inside a forward: sharded weights are gathered block by block."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _pack(self: nn.Module, device: torch.device, grid: Any, bounds: Any, position_ids: Any) -> Pack:
+    """position_ids: what a caller of transformers 5.x computed itself, [T, 2]; bounds: likewise its cu_seqlens."""
+    if position_ids is None:
+        ids = vision_position_ids(grid, self.spatial_merge_size)
+    else:
+        ids = position_ids.t()
+    return Pack(
+        ids.to(device, non_blocking=True),
+        frequencies(self.rotary_pos_emb, hook_of(self)["exact"]).to(device, non_blocking=True).view(torch.int32),
+        attention_schedule(grid if bounds is None else bounds.int(), heads=self.blocks[0].attn.num_heads, device=device),
+    )
+
+
+def frequencies(rotary: nn.Module, exact: torch.Tensor | None) -> torch.Tensor:
+    """The module's float32 frequencies; `exact` where model.to(dtype) has rounded them (wrong from position 256 on)."""
+    table = rotary.inv_freq
+    return exact if table.dtype in (torch.float16, torch.bfloat16) else table.float()
+
+
+def _call(self: nn.Module, hook: Any, block: nn.Module, x: torch.Tensor, pack: Pack, kwargs: dict) -> torch.Tensor:
+    """One block, as a module, with the checkpointing that this release leaves to the tower (4.52)."""
+    if hook["checkpoints"] and self.gradient_checkpointing and self.training:
+        return self._gradient_checkpointing_func(block.__call__, x, pack.schedule.cu_seqlens, None, pack)
+    return block(x, cu_seqlens=pack.schedule.cu_seqlens, position_embeddings=pack, **kwargs)
+
+
+def patch_embed(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The convolution with kernel = stride as the matrix product that it is: [T, patch_dim] -> [T, C]."""
+    hook, proj = hook_of(self), self.proj
+    x = hidden_states.to(proj.weight.dtype)
+    usable = bare(proj, nn.Conv3d) and readable(proj.weight, x) and proj.bias is None
+    if not hook.active or not usable or torch.is_autocast_enabled(x.device.type):
+        if hook.active:
+            hook.part.fell_back("autocast" if usable else "the convolution is not a plain Conv3d")
+        return original(self, hidden_states)
+    hook.part.ran()
+    weight = proj.weight.flatten(1)
+    return linear(x.reshape(-1, weight.shape[1]), weight)
+
+
+def block(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    rotary_pos_emb: torch.Tensor | None = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), the first addition fused with norm2."""
+    hook = hook_of(self)
+    if rotary_pos_emb is not None:
+        kwargs["rotary_pos_emb"] = rotary_pos_emb
+    if not hook.active or hook["checkpoints"] and self.gradient_checkpointing and self.training:
+        return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+    attended = self.attn(self.norm1(hidden_states), cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+    normed, x = add_norm(self.norm2, hook, hidden_states, attended)
+    return x + self.mlp(normed)
+
+
+def attention(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    rotary_pos_emb: torch.Tensor | None = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Rotation and attention of one pack: [T, C] -> [T, C]."""
+    hook, pack = hook_of(self), position_embeddings
+    if rotary_pos_emb is not None:
+        kwargs["rotary_pos_emb"] = rotary_pos_emb
+    if not isinstance(pack, Pack):
+        return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack, **kwargs)
+    if not hook.active:
+        return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack.cos_sin(), **kwargs)
+    hook.part.ran()
+    q, k, v = project(self.qkv, hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+    if hook["rope"].enabled:
+        hook["rope"].ran()
+        backend = hook.options.backend("vision_rope")
+        q, k = ops.vision_rope(q, k, pack.position_ids, inv_freq=pack.inv_freq, backend=backend)
+    else:
+        q, k = hook["library_rope"](q, k, *pack.cos_sin())
+    schedule = pack.schedule
+    if schedule.cu_seqlens.device != q.device:  # a split model: accelerate moves tensors, not what a dataclass holds
+        schedule = dataclasses.replace(schedule, cu_seqlens=schedule.cu_seqlens.to(q.device))
+    backend = hook.options.backend("varlen_attention")
+    o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, backend=backend)
+    return project(self.proj, o.flatten(1))
+
+
+def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    hook = hook_of(self)
+    function = hook["functions"].get(type(self.act)) if bare(self.act, type(self.act)) else None
+    if not hook.active or function is None:
+        if hook.active:
+            hook.part.fell_back(f"the activation is a {type(self.act).__name__}")
+        return original(self, x)
+    hook.part.ran()
+    return project(self.fc2, activate(self.fc1, x, function, hook.options.backend(function.__name__)))
+
+
+def merger(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm, m^2 patches side by side, two layers with GELU between: [T, C] -> [T / m^2, hidden]."""
+    hook = hook_of(self)
+    layers = list(self.mlp)
+    known = len(layers) == 3 and bare(layers[1], nn.GELU) and layers[1].approximate == "none" and bare(self.mlp, nn.Sequential)
+    if not hook.active or not known:
+        if hook.active:
+            hook.part.fell_back("the merger's activation is not a plain GELU")
+        return original(self, x)
+    hook.part.ran()
+    first, _, second = layers
+    y = self.ln_q(x).view(-1, self.hidden_size)
+    return project(second, activate(first, y, ops.gelu, hook.options.backend("gelu")))
