@@ -206,13 +206,14 @@ void beside_case(Device& device) {
     }
 }
 
-template <Order ORDER, int SIXTEENTHS, bool SKIP = false>
+template <int N, Order ORDER, int SIXTEENTHS, bool SKIP = false>
 void skeleton_case(Device& device) {
-  auto kernel = skeleton<ORDER, SIXTEENTHS, SKIP>;
+  auto kernel = skeleton<N, ORDER, SIXTEENTHS, SKIP>;
   allow_shared(kernel, MOST_SHARED);
-  constexpr int blocks = 400;
+  constexpr int blocks = 400, most = N <= 112 ? 3 : 2;
+  constexpr double clocks = 5 * N / 2 + N / 16 * 40;
   constexpr float scale = 0.01f;
-  for (int groups = ORDER == TURNS ? 2 : 1; groups <= 3; groups++) {
+  for (int groups = ORDER == TURNS ? 2 : 1; groups <= most; groups++) {
     Timing timing = measure(device, [&] {
       kernel<<<device.multiprocessors, 128 * groups, MOST_SHARED>>>(device.a, device.b, device.d, blocks, scale, 0,
                                                                     device.clocks);
@@ -221,25 +222,25 @@ void skeleton_case(Device& device) {
     CHECK(cudaMemcpy(d.data(), device.d, d.size() * 4, cudaMemcpyDeviceToHost));
     double worst = 0;
     for (int m = 0; m < 64; m++) {
-      double score[ROWS], most = -1e30, total = 0;
-      for (int n = 0; n < ROWS; n++) {
+      double score[N], highest = -1e30, total = 0;
+      for (int n = 0; n < N; n++) {
         score[n] = 0;
-        for (int k = 0; k < D; k++) score[n] += device.host_a[m * ROWS + k] * device.host_b[n * D + k];
-        most = std::max(most, score[n]);
+        for (int k = 0; k < D; k++) score[n] += device.host_a[m * N + k] * device.host_b[n * D + k];
+        highest = std::max(highest, score[n]);
       }
-      for (double& s : score) total += s = std::exp2((s - most) * scale);
+      for (double& s : score) total += s = std::exp2((s - highest) * scale);
       for (int n = 0; n < D; n++) {
         double sum = 0;
-        for (int k = 0; k < ROWS; k++) sum += score[k] / total * device.host_b[k * D + n];
+        for (int k = 0; k < N; k++) sum += score[k] / total * device.host_b[k * D + n];
         worst = std::max(worst, std::fabs(sum - d[m * D + n]));
       }
     }
     char name[128], more[96];
-    std::snprintf(name, sizeof name, "%s, polynomial %d/16, rescale %s, %d warpgroups", ORDER_NAMES[ORDER], SIXTEENTHS,
-                  SKIP ? "when due" : "always", groups);
-    std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f, \"error\": %.5f", 560.0 * groups * blocks / timing.cycles,
+    std::snprintf(name, sizeof name, "%d rows, %s, polynomial %d/16, rescale %s, %d warpgroups", N, ORDER_NAMES[ORDER],
+                  SIXTEENTHS, SKIP ? "when due" : "always", groups);
+    std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f, \"error\": %.5f", clocks * groups * blocks / timing.cycles,
                   worst);
-    report("skeleton", name, timing.cycles / blocks, "clocks a block of all", 560.0 * groups, timing, worst < 0.02, more);
+    report("skeleton", name, timing.cycles / blocks, "clocks a block of all", clocks * groups, timing, worst < 0.02, more);
   }
 }
 
@@ -457,19 +458,24 @@ int main(int count, char** names) {
     beside_case<SOFTMAX, 2>(device);
   }
   if (wanted("skeleton")) {
-    skeleton_case<SERIAL, 0>(device);
-    skeleton_case<TOGETHER, 0>(device);
-    skeleton_case<TOGETHER, 1>(device);
-    skeleton_case<TOGETHER, 0, true>(device);
-    skeleton_case<TOGETHER, 1, true>(device);
-    skeleton_case<UNDER, 0>(device);
-    skeleton_case<UNDER, 1>(device);
-    skeleton_case<UNDER, 2>(device);
-    skeleton_case<UNDER, 0, true>(device);
-    skeleton_case<UNDER, 1, true>(device);
-    skeleton_case<TURNS, 0>(device);
-    skeleton_case<TURNS, 0, true>(device);
-    skeleton_case<TURNS, 1, true>(device);
+    skeleton_case<112, SERIAL, 0>(device);
+    skeleton_case<112, TOGETHER, 0>(device);
+    skeleton_case<112, TOGETHER, 1>(device);
+    skeleton_case<112, TOGETHER, 0, true>(device);
+    skeleton_case<112, TOGETHER, 1, true>(device);
+    skeleton_case<112, UNDER, 0>(device);
+    skeleton_case<112, UNDER, 1>(device);
+    skeleton_case<112, UNDER, 2>(device);
+    skeleton_case<112, UNDER, 0, true>(device);
+    skeleton_case<112, UNDER, 1, true>(device);
+    skeleton_case<112, TURNS, 0>(device);
+    skeleton_case<112, TURNS, 0, true>(device);
+    skeleton_case<112, TURNS, 1, true>(device);
+    skeleton_case<96, TOGETHER, 0, true>(device);
+    skeleton_case<96, UNDER, 0, true>(device);
+    skeleton_case<176, TOGETHER, 0, true>(device);
+    skeleton_case<176, UNDER, 0, true>(device);
+    skeleton_case<176, TURNS, 0, true>(device);
   }
   if (wanted("tma")) {
     tma_case<CHUNKS>(device);

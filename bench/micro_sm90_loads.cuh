@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int stage_bytes = 18 * 1024, resident = 64 * 1024;
   const uint32_t at = shared_address(shared_bytes), ring = at + resident, full = ring + stages * stage_bytes;
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-  fill_products(a, b, at);
+  fill_products<ROWS>(a, b, at);
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; s++) barrier_init(full + 8 * s, 1);
     barrier_init_fence();
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   const long long start = clock64();
   if (group < product_groups) {
-    Products products(a, b, at);
+    Products<ROWS> products(a, b, at);
     const long long units = products.repeat(start, budget);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);

@@ -132,24 +132,24 @@ __global__ void __launch_bounds__(512, 1) exp2_rate(float a, float b, float* out
 
 enum Work { EXP2, SOFTMAX };
 
-struct Products {  // the matrix products of one block: S = Q K^T (five n112), O += P V (seven n80)
-  float s[56], o[40];
-  uint32_t p[7][4];
+template <int N>
+struct Products {  // the matrix products of one block of N rows: S = Q K^T (five nN), O += P V (N / 16 n80)
+  float s[N / 2], o[40];
+  uint32_t p[N / 16][4];
   uint64_t q, k, v;
-  DEV Products(const bf16* a, const bf16* b, uint32_t at) : s{}, o{} {  // a [64, 112], b [112, 80]; Q is a's first 80 columns
-    load_fragments(p, a, ROWS);
-    q = descriptor<32>(at + 2 * TILE, 64);
-    k = descriptor<32>(at, ROWS);
-    v = descriptor<32>(at + TILE, ROWS);
+  DEV Products(const bf16* a, const bf16* b, uint32_t at) : s{}, o{} {  // a [64, N], b [N, 80]; Q is a's first 80 columns
+    load_fragments(p, a, N);
+    q = descriptor<32>(at + 2 * N * D * 2, 64);
+    k = descriptor<32>(at, N);
+    v = descriptor<32>(at + N * D * 2, N);
   }
   DEV void qk(bool keep = false) {
 #pragma unroll
-    for (int i = 0; i < 5; i++)
-      wgmma<0>(s, q + step_offset<32, false>(i, 64), k + step_offset<32, false>(i, ROWS), keep || i > 0);
+    for (int i = 0; i < 5; i++) wgmma<0>(s, q + step_offset<32, false>(i, 64), k + step_offset<32, false>(i, N), keep || i > 0);
   }
   DEV void pv() {
 #pragma unroll
-    for (int i = 0; i < 7; i++) wgmma<1>(o, p[i], v + step_offset<32, true>(i, ROWS));
+    for (int i = 0; i < N / 16; i++) wgmma<1>(o, p[i], v + step_offset<32, true>(i, N));
   }
   // Block after block for `budget` clocks; how many.
   DEV long long repeat(long long start, long long budget) {
@@ -167,17 +167,18 @@ struct Products {  // the matrix products of one block: S = Q K^T (five n112), O
   }
   DEV void store(float* d, int thread) const {
 #pragma unroll
-    for (int i = 0; i < 56; i++) d[row_of(thread, i) * ROWS + column_of(thread, i)] = s[i];
+    for (int i = 0; i < N / 2; i++) d[row_of(thread, i) * N + column_of(thread, i)] = s[i];
 #pragma unroll
-    for (int i = 0; i < 40; i++) d[64 * ROWS + row_of(thread, i) * D + column_of(thread, i)] = o[i];
+    for (int i = 0; i < 40; i++) d[64 * N + row_of(thread, i) * D + column_of(thread, i)] = o[i];
   }
 };
 
+template <int N>
 DEV void fill_products(const bf16* a, const bf16* b, uint32_t at) {
-  fill<32>(at, b, ROWS, D);
-  fill<32>(at + TILE, b, ROWS, D);
+  fill<32>(at, b, N, D);
+  fill<32>(at + N * D * 2, b, N, D);
   for (int i = threadIdx.x; i < 64 * D; i += blockDim.x)
-    store_shared(at + 2 * TILE + place<32>(i / D, i % D, 64), a[i / D * ROWS + i % D]);
+    store_shared(at + 2 * N * D * 2 + place<32>(i / D, i % D, 64), a[i / D * N + i % D]);
   fence_proxy();
 }
 
@@ -185,14 +186,14 @@ struct Softmax {  // of one thread's two rows
   float maximum[2], sum[2];
   DEV Softmax() : maximum{-INFINITY, -INFINITY}, sum{} {}
   // s -> probabilities; returns what o is to be multiplied with. SKIP: a maximum that grows by less than 2^8 is not taken up.
-  template <int SIXTEENTHS, bool SKIP = false>
-  DEV float2 exponentials(float (&s)[56], float scale) {
+  template <int SIXTEENTHS, bool SKIP, int N>
+  DEV float2 exponentials(float (&s)[N], float scale) {
     float alpha[2], minus[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float m = maximum[r];
 #pragma unroll
-      for (int i = 0; i < 28; i++) m = fmaxf(m, s[i / 2 * 4 + 2 * r + i % 2]);
+      for (int i = 0; i < N / 2; i++) m = fmaxf(m, s[i / 2 * 4 + 2 * r + i % 2]);
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
       if (SKIP && (m - maximum[r]) * scale < 8.f) m = maximum[r];
@@ -202,21 +203,21 @@ struct Softmax {  // of one thread's two rows
       sum[r] *= alpha[r];
     }
 #pragma unroll
-    for (int i = 0; i < 56; i++) s[i] = exp2_mixed<SIXTEENTHS>(fmaf(s[i], scale, minus[i / 2 & 1]), i);
+    for (int i = 0; i < N; i++) s[i] = exp2_mixed<SIXTEENTHS>(fmaf(s[i], scale, minus[i / 2 & 1]), i);
 #pragma unroll
-    for (int i = 0; i < 56; i++) sum[i / 2 & 1] += s[i];
+    for (int i = 0; i < N; i++) sum[i / 2 & 1] += s[i];
     return {alpha[0], alpha[1]};
   }
 };
 
-template <bool SKIP = false>
-DEV void rescale_and_pack(float (&o)[40], uint32_t (&p)[7][4], const float (&s)[56], float2 alpha) {
+template <bool SKIP, int N>
+DEV void rescale_and_pack(float (&o)[40], uint32_t (&p)[N][4], const float (&s)[8 * N], float2 alpha) {
   if (!SKIP || __any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
 #pragma unroll
     for (int i = 0; i < 40; i++) o[i] *= i / 2 & 1 ? alpha.y : alpha.x;
   }
 #pragma unroll
-  for (int i = 0; i < 28; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < 4 * N; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
 }
 
 // The first `product_groups` warpgroups multiply, the others compute, both for `budget` clocks.
@@ -225,12 +226,12 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
                                                  long long budget, float minus, float zero, Clocks* clocks) {
   const uint32_t at = shared_address(shared_bytes);
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-  fill_products(a, b, at);
+  fill_products<ROWS>(a, b, at);
   __syncthreads();
   const long long start = clock64();
   long long units = 0;
   if (group < product_groups) {
-    Products products(a, b, at);
+    Products<ROWS> products(a, b, at);
     units = products.repeat(start, budget);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
     for (int i = 0; i < 56; i++) s[i] = -0.25f * i;
     for (int i = 0; i < 40; i++) o[i] = zero;
     while (clock64() - start < budget) {
-      rescale_and_pack(o, p, s, softmax.exponentials<SIXTEENTHS>(s, 0.125f));
+      rescale_and_pack<false>(o, p, s, softmax.exponentials<SIXTEENTHS, false>(s, 0.125f));
 #pragma unroll
       for (int i = 0; i < 28; i++) bits ^= p[i / 4][i % 4];
       units++;
@@ -276,20 +277,20 @@ constexpr const char* ORDER_NAMES[] = {"one after the other", "P V + Q K, then e
 
 // Every warpgroup goes `blocks` times over the same K and V. `zero` is 0: it ties the last wait to the row sums, or else the
 // assembler moves that wait above the exponentials.
-template <Order ORDER, int SIXTEENTHS, bool SKIP>
-__global__ void __launch_bounds__(384, 1)
+template <int N, Order ORDER, int SIXTEENTHS, bool SKIP>
+__global__ void __launch_bounds__(N <= 112 ? 384 : 256, 1)
     skeleton(const bf16* a, const bf16* b, float* d, int blocks, float scale, uint32_t zero, Clocks* clocks) {
-  const uint32_t at = shared_address(shared_bytes), barrier = at + 3 * TILE;
+  const uint32_t at = shared_address(shared_bytes), barrier = at + 3 * N * D * 2;
   const int thread = threadIdx.x % 128, groups = blockDim.x / 128, group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     expect_bytes(barrier, 0);
   }
-  fill_products(a, b, at);
-  Products products(a, b, at);
+  fill_products<N>(a, b, at);
+  Products<N> products(a, b, at);
   Softmax softmax;
 #pragma unroll
-  for (int i = 0; i < 28; i++) products.p[i / 4][i % 4] = zero;
+  for (int i = 0; i < N / 4; i++) products.p[i / 4][i % 4] = zero;
   __syncthreads();
   const long long start = clock64();
   if (ORDER == TURNS && group == groups - 1) turn_give(0);
@@ -346,9 +347,9 @@ __global__ void __launch_bounds__(384, 1)
 __global__ void __launch_bounds__(128, 1) wait_coverage(const bf16* a, const bf16* b, int late, Clocks* clocks) {
   const uint32_t at = shared_address(shared_bytes);
   const int warp = threadIdx.x / 32;
-  fill_products(a, b, at);
+  fill_products<ROWS>(a, b, at);
   __syncthreads();
-  Products products(a, b, at);
+  Products<ROWS> products(a, b, at);
   float expected[56];
   long long start = 0, end = 0;
 #pragma unroll 1

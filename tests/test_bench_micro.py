@@ -87,7 +87,7 @@ def test_the_exponentials_are_mixed_as_said(code, sixteenths, units):
 @pytest.mark.parametrize("arguments", [(2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 0, 1), (2, 1, 1), (3, 0, 0), (3, 0, 1), (3, 1, 1)])
 def test_the_exponentials_run_under_the_second_product(code, arguments):
     order, sixteenths, skip = arguments
-    parts = only(code, f"skeletonIL5Order{order}ELi{sixteenths}ELb{skip}E").split("WARPGROUP.DEPBAR")
+    parts = only(code, f"skeletonILi112EL5Order{order}ELi{sixteenths}ELb{skip}E").split("WARPGROUP.DEPBAR")
     units = 56 - sum(i * sixteenths % 16 < sixteenths for i in range(56))
     assert parts[0].count("HGMMA") == 12
     assert parts[1].count("MUFU.EX2") == units + 2, "the assembler moved a wait above the exponentials"
