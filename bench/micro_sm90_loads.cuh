@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(384, 1)
   const long long start = clock64();
   if (group < product_groups) {
     Products<ROWS> products(a, b, at);
-    const long long units = products.repeat(start, budget);
+    const long long units = products.repeat(start, budget, group);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);
   } else if (thread == 0 && stages) {

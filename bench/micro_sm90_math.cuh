@@ -151,17 +151,21 @@ struct Products {  // the matrix products of one block of N rows: S = Q K^T (fiv
 #pragma unroll
     for (int i = 0; i < N / 16; i++) wgmma<1>(o, p[i], v + step_offset<32, true>(i, N));
   }
-  // Block after block for `budget` clocks; how many.
-  DEV long long repeat(long long start, long long budget) {
+  // Block after block for `budget` clocks; how many. Warps of a warpgroup that differ in the number of their wgmma are an
+  // illegal instruction, so they agree on going on, every eight blocks.
+  DEV long long repeat(long long start, long long budget, int group) {
     long long blocks = 0;
-    while (clock64() - start < budget) {
-      wgmma_fence();
-      qk();
-      pv();
-      wgmma_commit();
-      wgmma_wait<1>();
-      blocks++;
-    }
+    do {
+#pragma unroll 1
+      for (int i = 0; i < 8; i++) {
+        wgmma_fence();
+        qk();
+        pv();
+        wgmma_commit();
+        wgmma_wait<1>();
+      }
+      blocks += 8;
+    } while (all_agree(clock64() - start < budget, group));
     wgmma_wait<0>();
     return blocks;
   }
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
   long long units = 0;
   if (group < product_groups) {
     Products<ROWS> products(a, b, at);
-    units = products.repeat(start, budget);
+    units = products.repeat(start, budget, group);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);
   } else if constexpr (WORK == EXP2) {

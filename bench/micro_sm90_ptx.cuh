@@ -147,6 +147,15 @@ DEV void barrier_wait_cluster(uint32_t barrier, int parity) {
 DEV void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Whether every thread of a warpgroup says yes.
+DEV bool all_agree(bool yes, int group) {
+  uint32_t all;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 q, %1, 0;\nbar.red.and.pred p, %2, 128, q;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(all)
+               : "r"(uint32_t(yes)), "r"(group + 1)
+               : "memory");
+  return all;
+}
 DEV void turn_take(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
 DEV void turn_give(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
 

@@ -129,9 +129,9 @@ def test_a_program_that_fails_keeps_its_rows(tmp_path):
     program = tmp_path / "program"
     program.write_text('#!/bin/sh\necho \'{"device": "d"}\'\necho \'{"item": "tma"}\'\necho \'{"error": "line 3"}\'\nexit 1\n')
     program.chmod(0o755)
-    assert micro.measure(program, []) == ([{"device": "d"}, {"item": "tma"}], "line 3")
+    assert micro.measure(program, "tma") == ([{"device": "d"}, {"item": "tma"}], "line 3")
     program.write_text('#!/bin/sh\necho \'{"device": "d"}\'\nprintf \'{"item\'\nexec sleep 60\n')
-    rows, failure = micro.measure(program, [], seconds=0.5)
+    rows, failure = micro.measure(program, "tma", seconds=0.5)
     assert rows == [{"device": "d"}] and failure
 
 
@@ -139,6 +139,6 @@ def test_a_program_that_fails_keeps_its_rows(tmp_path):
 def test_every_result_is_right(built):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("measures Hopper's instructions alone")
-    (_, *rows), failure = micro.measure(built[0], [])
-    assert not failure
+    _, rows, failures = micro.measure_all(built[0], micro.ITEMS)
+    assert not failures
     assert len(rows) > 100 and not [row["name"] for row in rows if not row["right"]]
