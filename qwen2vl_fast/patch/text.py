@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.gated import gated
 from .hooks import bare, hook_of, original, project
 from .norms import add_norm
 from .vision import frequencies
@@ -103,5 +104,5 @@ def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
             hook.part.fell_back(f"the activation is a {type(self.act_fn).__name__}")
         return original(self, x)
     hook.part.ran()
-    gate_up = torch.cat((project(self.gate_proj, x), project(self.up_proj, x)), -1)
-    return project(self.down_proj, ops.swiglu(gate_up, backend=hook.options.backend("swiglu")))
+    y = gated(project(self.gate_proj, x), project(self.up_proj, x), backend=hook.options.backend("swiglu"))
+    return project(self.down_proj, y)

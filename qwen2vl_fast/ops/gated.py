@@ -1,0 +1,83 @@
+"""SwiGLU where gate and up come from two products, as in a model that is not ours: joining them first would cost a copy."""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks
+from .activation import _inverse_sigmoid
+from .backends import choose, define
+
+
+def gated(gate, up, *, backend: str | None = None):
+    """gate sigmoid(gate) up.
+
+    Args:
+        gate, up: [..., F], floating, any strides, the same dtype and device.
+        backend: None for the fastest that can run the tensors.
+    Returns: [..., F] in their dtype.
+    Raises: TypeError, ValueError for a dtype, device or shape that doesn't fit; RuntimeError for an unusable backend.
+    Precision: as `quick_gelu`.
+    Source: MODEL.md section 3. Definition: `reference.swiglu` of the two side by side.
+    """
+    checks.rows("gate", gate)
+    checks.same("up", up, "gate", gate)
+    checks.shape("up", up, tuple(gate.shape), "gate's shape")
+    return _gated(gate, up, choose("swiglu", backend, gate.device))
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gated_impl(gate, up, backend="torch"):
+    if backend == "triton":
+        from ..kernels import gated as kernel
+
+        return kernel.launch(gate, up)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    a, b, rows_out = _rows(gate), _rows(up), _rows(out)
+    for block in checks.row_blocks(a):
+        wide = a[block].to(compute)
+        rows_out[block].copy_((wide / _inverse_sigmoid(wide)).mul_(b[block]))
+    return out
+
+
+def _gated_backward_impl(grad, gate, up, backend="torch"):
+    if backend == "triton":
+        from ..kernels import gated as kernel
+
+        return kernel.launch_backward(grad, gate, up)
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)]
+    g, a, b, out_gate, out_up = map(_rows, (grad, gate, up, *grads))
+    for block in checks.row_blocks(a):
+        upstream, wide = g[block].to(compute), a[block].to(compute)
+        s = _inverse_sigmoid(wide).reciprocal_()
+        out_up[block].copy_(upstream * wide * s)
+        out_gate[block].copy_(upstream.mul(b[block]).mul_(s).mul_((1 - s).mul_(wide).add_(1)))
+    return tuple(grads)
+
+
+def _setup(ctx, inputs, output):
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx, grad):
+    return *_gated_grad(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+def _fake(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_gated = define(
+    "gated(Tensor gate, Tensor up, str backend='torch') -> Tensor", _gated_impl, _fake, setup_context=_setup, backward=_backward
+)
+_gated_grad = define(
+    "gated_backward(Tensor grad, Tensor gate, Tensor up, str backend='torch') -> (Tensor, Tensor)",
+    _gated_backward_impl,
+    lambda grad, gate, up, *_: (_fake(gate), _fake(up)),
+)
