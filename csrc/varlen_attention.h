@@ -38,4 +38,15 @@ struct VarlenAttention {
   bool bfloat16;  // else float16
 };
 
+// What the device needs to build the list of tiles itself. The list has (T / rows + N) * heads entries.
+struct TileList {
+  const int* bounds;    // [N + 1], of q's rows
+  const int* bounds_k;  // [N + 1], of k's and v's rows
+  Tile* tiles;
+  int N, T, Tk;
+  int heads;
+  int rows;  // of a block
+  bool causal;
+};
+
 }  // namespace qwen2vl_fast
