@@ -1,307 +1,377 @@
-// Variable-length attention forward for Hopper (sm_90a): TMA, wgmma with P in registers at the native head dim.
+// Forward of variable-length attention for Hopper (sm_90a): TMA, wgmma with P in registers, the native head dim.
 //
-// One CTA is a producer warpgroup and ROWS / 64 consumer warpgroups of 64 query rows each. It is persistent over the list of tiles.
-// The producer's first warp loads Q, K and V; its second zeroes the rows of V past the end of the segment (0 * NaN of the next
-// segment would be NaN). A consumer issues S = Q K^T of the next key block, then O += P V of the current one, and exponentiates
-// that S while P V runs. Key blocks go from the last to the first, so that only the first one that is processed has a mask.
+// A block is one producer warpgroup and ROWS / 64 consumer warpgroups of 64 query rows each; it stays resident and takes one tile
+// of work after another. The producer's first warp loads tiles, Q, K and V; its second zeroes the rows of V past the end of a
+// segment, since 0 * NaN of the next segment would be NaN. A consumer issues S = Q K^T of the next key block, then O += P V of the
+// current one, and exponentiates that S while P V runs; the next key block may be the first of the next tile, so that neither
+// the start of a tile nor its end leaves the tensor cores idle. A tile's key blocks go from the last to the first: only the
+// first one processed has a mask, unless the tile is causal. docs/attention.md derives the tile.
 #pragma once
 
-#include <type_traits>
+#include <cmath>
 
 #include "varlen_attention.h"
 #include "wgmma.cuh"
 
 namespace qwen2vl_fast {
 
-struct VarlenAttentionMaps {
-  // Dimensions {W, tokens, D / W, heads}: a box is a tile of `rows` tokens, as D / W chunks of W columns.
-  CUtensorMap q, k, v;
+struct ForwardSm90Args {
+  VarlenAttention problem;
+  // [tokens, heads, D] as {columns, tokens, groups of columns, heads}; a box is all rows of a block.
+  TensorMap q_wide, q_narrow, k_wide, k_narrow, v_wide, v_narrow;
+  float scale_log2;  // scale * log2(e)
+  uint32_t zero;     // 0, which the compiler can't know
 };
 
-template <typename Element_, int D_, int ROWS_, int KEYS_, int STAGES_, bool CAUSAL_, int POLY_ = 0, bool RESCALE_ALWAYS_ = false,
-          bool IN_TURN_ = false>
+// How [rows, D] lies in shared memory: first all groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of
+// 16 columns with the 32-byte swizzle (160-byte rows fit no wider swizzle as a whole).
+template <int D, int ROWS, bool SPLIT>
+struct Layout {
+  static constexpr int WIDE = SPLIT ? D / 64 : 0;              // groups of 64 columns
+  static constexpr int NARROW = (D - 64 * WIDE) / 16;          // groups of 16 columns
+  static constexpr int BYTES = ROWS * D * 2;
+  static constexpr int STRIDE = (BYTES + 1023) / 1024 * 1024;  // the 128-byte swizzle repeats after 1024 bytes
+  static constexpr int NARROW_OFFSET = ROWS * 128 * WIDE;
+  static constexpr uint32_t WIDE_HIGH = (8 * 128 >> 4) | (1u << 30);
+  static constexpr uint32_t NARROW_HIGH = (8 * 32 >> 4) | (3u << 30);
+
+  // Of the 16 columns from 16 * step on, as a K-major operand: descriptor's high word, byte offset.
+  static constexpr DEV uint32_t high(int step) { return step < 4 * WIDE ? WIDE_HIGH : NARROW_HIGH; }
+  static constexpr DEV int offset(int step) {
+    return step < 4 * WIDE ? step / 4 * ROWS * 128 + step % 4 * 32 : NARROW_OFFSET + (step - 4 * WIDE) * ROWS * 32;
+  }
+};
+
+template <bool BF16_, int D_, int ROWS_, int KEYS_, int STAGES_, bool CAUSAL_, int IN_TURN_ = 0, int POLY_ = 0, bool SPLIT_ = true,
+          bool SPLIT_V_ = D_ != 80>
 struct ForwardSm90 {
-  using Element = Element_;
+  static constexpr bool BF16 = BF16_, CAUSAL = CAUSAL_;
+  static constexpr int IN_TURN = IN_TURN_;
   static constexpr int D = D_, ROWS = ROWS_, KEYS = KEYS_, STAGES = STAGES_, POLY = POLY_;
-  static constexpr bool CAUSAL = CAUSAL_, RESCALE_ALWAYS = RESCALE_ALWAYS_, IN_TURN = IN_TURN_;
   static constexpr int CONSUMERS = ROWS / 64;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
+  static constexpr int BLOCKS = 1;
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : CONSUMERS == 2 ? 40 : 56;
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : CONSUMERS == 2 ? 232 : 256 - 8;
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : CONSUMERS == 2 ? 232 : 248;
 
-  // A row of D elements is cut into chunks as wide as a swizzle: 160-byte rows fit the 32-byte swizzle alone.
-  static constexpr int W = D % 64 == 0 ? 64 : 16;
-  static constexpr int CHUNKS = D / W;
-  static constexpr int SWIZZLE = 2 * W;  // bytes
-  static constexpr uint32_t DESCRIPTOR_HIGH = (8 * SWIZZLE >> 4) | (SWIZZLE == 128 ? 1u << 30 : 3u << 30);
-  static constexpr int Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+  using QLayout = Layout<D, ROWS, SPLIT_>;
+  using KLayout = Layout<D, KEYS, SPLIT_>;
+  using VLayout = Layout<D, KEYS, SPLIT_V_>;
 
-  struct Shared {
-    alignas(1024) unsigned char q[Q_BYTES];
-    alignas(1024) unsigned char k[STAGES][KV_BYTES];
-    alignas(1024) unsigned char v[STAGES][KV_BYTES];
-    alignas(8) uint64_t q_full, q_empty, v_tail;
-    uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    Tile tiles[2];
-  };
-  static constexpr int SHARED_BYTES = sizeof(Shared) + 1024;
+  // Shared memory, in bytes from a multiple of 1024 on (the period of the 128-byte swizzle).
+  static constexpr int SLOTS = 2;  // tiles whose Q is there
+  static constexpr int Q = 0;
+  static constexpr int K = Q + SLOTS * QLayout::STRIDE;
+  static constexpr int V = K + STAGES * KLayout::STRIDE;
+  static constexpr int TILES = V + STAGES * VLayout::STRIDE;
+  static constexpr int Q_FULL = TILES + SLOTS * 32;
+  static constexpr int Q_EMPTY = Q_FULL + SLOTS * 8;
+  static constexpr int K_FULL = Q_EMPTY + SLOTS * 8;
+  static constexpr int K_EMPTY = K_FULL + STAGES * 8;
+  static constexpr int V_FULL = K_EMPTY + STAGES * 8;
+  static constexpr int V_EMPTY = V_FULL + STAGES * 8;
+  static constexpr int V_TAIL = V_EMPTY + STAGES * 8;
+  static constexpr int SMEM = V_TAIL + STAGES * 8 + 1024;
+  static_assert(KEYS % 16 == 0 && SMEM <= 232448);
 
-  struct Args {
-    VarlenAttention problem;
-    VarlenAttentionMaps maps;
-    float scale_log2;  // scale * log2(e)
-    uint32_t zero;     // 0, and the compiler can't know
-  };
+  using Scores = float[KEYS / 2];
+  using Output = float[D / 2];
+  using Probabilities = uint32_t[KEYS / 16][4];
 
-  // Position in the ring of stages, and the parity of its current round.
+  // A place in a ring, and the parity of the round.
+  template <int SIZE>
   struct Ring {
-    int stage = 0;
+    int at = 0;
     uint32_t parity = 0;
     DEV void next() {
-      if (++stage == STAGES) stage = 0, parity ^= 1;
+      if (++at == SIZE) at = 0, parity ^= 1;
     }
   };
 
-  DEV static uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+  // What consumers are told of a tile. No rows: the list has ended.
+  struct Work {
+    int q_row, rows, keys, head, diagonal;
+    int k_row;
+  };
 
-  DEV static float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-  }
+  static DEV int key_blocks(int keys) { return (keys + KEYS - 1) / KEYS; }
 
-  // 2^x on the FMA pipe: x = n + f, |f| <= 1/2, a cubic in f (relative error 7.5e-5, an eighth of a bf16 unit), n added to the exponent.
-  DEV static float exp2_polynomial(float x) {
-    float clamped, rounded;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x), "f"(-126.0f));
-    rounded = clamped + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
-    float f = clamped - (rounded - 12582912.0f);
-    float y = 0.05592203f;
-    y = fmaf(y, f, 0.24264008f);
-    y = fmaf(y, f, 0.69312103f);
-    y = fmaf(y, f, 0.99992448f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-  }
-
-  DEV static uint32_t pack(float low, float high) {
-    uint32_t word;
-    if constexpr (sizeof(Element) == 2 && std::is_same_v<Element, __nv_bfloat16>)
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    else
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-  }
-
-  DEV static int blocks(const Tile& tile) { return (tile.keys + KEYS - 1) / KEYS; }
-
-  DEV static void run(const Args& args, unsigned char* dynamic_shared) {
-    Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~uintptr_t(1023));
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(address(&shared.q_full), 1);
-      ptx::mbarrier_init(address(&shared.q_empty), 4 * CONSUMERS);
-      ptx::mbarrier_init(address(&shared.v_tail), 1);
+  static DEV void run(const ForwardSm90Args& args) {
+    const uint32_t smem = (shared_memory() + 1023) & ~1023u;
+    if (thread_index() == 0) {
+      for (int i = 0; i < SLOTS; ++i) {
+        mbarrier_init(smem + Q_FULL + 8 * i, 1);
+        mbarrier_init(smem + Q_EMPTY + 8 * i, 4 * CONSUMERS + 1);
+      }
       for (int i = 0; i < STAGES; ++i) {
-        ptx::mbarrier_init(address(&shared.k_full[i]), 1);
-        ptx::mbarrier_init(address(&shared.v_full[i]), 1);
-        ptx::mbarrier_init(address(&shared.k_empty[i]), 4 * CONSUMERS);
-        ptx::mbarrier_init(address(&shared.v_empty[i]), 4 * CONSUMERS);
+        mbarrier_init(smem + K_FULL + 8 * i, 1);
+        mbarrier_init(smem + V_FULL + 8 * i, 1);
+        mbarrier_init(smem + V_TAIL + 8 * i, 1);
+        mbarrier_init(smem + K_EMPTY + 8 * i, 4 * CONSUMERS);
+        mbarrier_init(smem + V_EMPTY + 8 * i, 4 * CONSUMERS);
       }
-      ptx::fence_mbarrier_init();
+      fence_mbarrier_init();
     }
-    __syncthreads();
-    if (warpgroup == 0) {
-      ptx::register_release<PRODUCER_REGISTERS>();
-      const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-      if (warp == 0 && threadIdx.x == 0) produce(args, shared);
-      if (warp == 1) zero_tails(args, shared);
+    barrier();
+    const int warp = warp_uniform(thread_index() / 32);
+    if (warp < 4) {
+      give_registers<PRODUCER_REGISTERS>();
+      if (warp == 0 && thread_index() == 0) produce(args, smem);
+      if (warp == 1) zero_tails(smem);
     } else {
-      ptx::register_acquire<CONSUMER_REGISTERS>();
-      consume(args, shared, warpgroup - 1);
+      take_registers<CONSUMER_REGISTERS>();
+      consume(args, smem, warp / 4 - 1);
     }
   }
 
-  DEV static void produce(const Args& args, Shared& shared) {
-    ptx::tma_prefetch_descriptor(&args.maps.q);
-    ptx::tma_prefetch_descriptor(&args.maps.k);
-    ptx::tma_prefetch_descriptor(&args.maps.v);
-    const int group = args.problem.H / args.problem.Hk;
-    Ring ring;
-    int count = 0;
+  // Producer ---------------------------------------------------------------------------------------------------------------
+
+  template <class Where>
+  static DEV void load(uint32_t to, const TensorMap& wide, const TensorMap& narrow, uint32_t barrier, int row, int head) {
+    if (Where::WIDE > 0) tma_load(to, wide, barrier, 0, row, 0, head);
+    if (Where::NARROW > 0) tma_load(to + Where::NARROW_OFFSET, narrow, barrier, 0, row, 0, head);
+  }
+
+  static DEV void produce(const ForwardSm90Args& args, uint32_t smem) {
+    const VarlenAttention& problem = args.problem;
+    const int group = problem.H / problem.Hk;
+    Ring<SLOTS> slot;
+    Ring<STAGES> stage;
 #pragma unroll 1
-    for (int t = blockIdx.x; t < args.problem.tile_count; t += gridDim.x, ++count) {
-      const Tile tile = args.problem.tiles[t];
-      ptx::mbarrier_wait(address(&shared.q_empty), (count & 1) ^ 1);
-      shared.tiles[count & 1] = tile;
-      ptx::mbarrier_arrive_expect(address(&shared.q_full), Q_BYTES);
-      ptx::tma_load_4d(address(shared.q), &args.maps.q, address(&shared.q_full), 0, tile.q_row, 0, tile.head);
+    for (int t = block_index(); t < problem.tile_count; t += block_count()) {
+      const Tile tile = problem.tiles[t];
+      if (tile.rows == 0) continue;
+      mbarrier_wait(smem + Q_EMPTY + 8 * slot.at, slot.parity ^ 1);
+      put_tile(smem + TILES + 32 * slot.at, tile);
+      const uint32_t q_full = smem + Q_FULL + 8 * slot.at;
+      mbarrier_arrive_expect(q_full, QLayout::BYTES);
+      load<QLayout>(smem + Q + slot.at * QLayout::STRIDE, args.q_wide, args.q_narrow, q_full, tile.q_row, tile.head);
+      slot.next();
       const int key_head = tile.head / group;
-      const int last = blocks(tile) - 1;
+      const int last = key_blocks(tile.keys) - 1;
 #pragma unroll 1
-      for (int block = last; block >= 0; --block, ring.next()) {
-        const int stage = ring.stage;
+      for (int block = last; block >= 0; --block, stage.next()) {
         const int row = tile.k_row + block * KEYS;
-        ptx::mbarrier_wait(address(&shared.k_empty[stage]), ring.parity ^ 1);
-        ptx::mbarrier_arrive_expect(address(&shared.k_full[stage]), KV_BYTES);
-        ptx::tma_load_4d(address(shared.k[stage]), &args.maps.k, address(&shared.k_full[stage]), 0, row, 0, key_head);
-        ptx::mbarrier_wait(address(&shared.v_empty[stage]), ring.parity ^ 1);
+        const uint32_t k_full = smem + K_FULL + 8 * stage.at;
+        mbarrier_wait(smem + K_EMPTY + 8 * stage.at, stage.parity ^ 1);
+        mbarrier_arrive_expect(k_full, KLayout::BYTES);
+        load<KLayout>(smem + K + stage.at * KLayout::STRIDE, args.k_wide, args.k_narrow, k_full, row, key_head);
         const bool partial = block == last && tile.keys % KEYS != 0;
-        const uint32_t barrier = address(partial ? &shared.v_tail : &shared.v_full[stage]);
-        ptx::mbarrier_arrive_expect(barrier, KV_BYTES);
-        ptx::tma_load_4d(address(shared.v[stage]), &args.maps.v, barrier, 0, row, 0, key_head);
+        const uint32_t v_full = smem + (partial ? V_TAIL : V_FULL) + 8 * stage.at;
+        mbarrier_wait(smem + V_EMPTY + 8 * stage.at, stage.parity ^ 1);
+        mbarrier_arrive_expect(v_full, VLayout::BYTES);
+        load<VLayout>(smem + V + stage.at * VLayout::STRIDE, args.v_wide, args.v_narrow, v_full, row, key_head);
       }
     }
+    mbarrier_wait(smem + Q_EMPTY + 8 * slot.at, slot.parity ^ 1);
+    put_tile(smem + TILES + 32 * slot.at, Tile{});
+    mbarrier_arrive(smem + Q_FULL + 8 * slot.at);
   }
 
-  // Zeroes the rows of V that lie past the segment, once they have landed, and completes V's barrier in the producer's place.
-  DEV static void zero_tails(const Args& args, Shared& shared) {
-    const int lane = threadIdx.x % 32;
+  static DEV void put_tile(uint32_t to, const Tile& tile) {
+    store_shared(to, Words4{uint32_t(tile.q_row), uint32_t(tile.rows), uint32_t(tile.keys), uint32_t(tile.head)});
+    store_shared(to + 16, uint32_t(tile.diagonal));
+  }
+
+  static DEV Work get_tile(uint32_t from) {
+    const Words4 x = load_shared_16(from);
+    Work work{int(x.word[0]), int(x.word[1]), int(x.word[2]), int(x.word[3]), 0, 0};
+    if (CAUSAL) work.diagonal = int(load_shared_16(from + 16).word[0]);
+    return work;
+  }
+
+  // Zeroes the rows of V that lie past the segment, once they have landed, and completes V's mbarrier in the producer's place.
+  static DEV void zero_tails(uint32_t smem) {
+    Ring<SLOTS> slot;
     int stage = 0;
-    uint32_t parity = 0;
+    uint32_t parities = 0;  // a stage's bit flips with each of its tails
 #pragma unroll 1
-    for (int t = blockIdx.x; t < args.problem.tile_count; t += gridDim.x) {
-      const Tile tile = args.problem.tiles[t];
-      const int valid = tile.keys % KEYS;
+    while (true) {
+      mbarrier_wait(smem + Q_FULL + 8 * slot.at, slot.parity);
+      const Work work = get_tile(smem + TILES + 32 * slot.at);
+      warp_barrier();
+      if (thread_index() % 32 == 0) mbarrier_arrive(smem + Q_EMPTY + 8 * slot.at);
+      slot.next();
+      if (work.rows == 0) return;
+      const int valid = work.keys % KEYS;
       if (valid != 0) {
-        ptx::mbarrier_wait(address(&shared.v_tail), parity);
-        parity ^= 1;
-        // Swizzling permutes 16-byte units inside a row of a chunk: whole rows are zeroed without knowing it.
-        constexpr int UNITS = SWIZZLE / 16;
-#pragma unroll 1
-        for (int i = lane; i < (KEYS - valid) * UNITS; i += 32)
-#pragma unroll 1
-          for (int chunk = 0; chunk < CHUNKS; ++chunk)
-            reinterpret_cast<uint4*>(shared.v[stage])[(chunk * KEYS + valid) * UNITS + i] = uint4{0, 0, 0, 0};
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(address(&shared.v_full[stage]));
+        mbarrier_wait(smem + V_TAIL + 8 * stage, parities >> stage & 1);
+        parities ^= 1u << stage;
+        const uint32_t v = smem + V + stage * VLayout::STRIDE;
+        for (int group = 0; group < VLayout::WIDE; ++group) zero(v + group * KEYS * 128 + valid * 128, (KEYS - valid) * 128);
+        for (int group = 0; group < VLayout::NARROW; ++group)
+          zero(v + VLayout::NARROW_OFFSET + group * KEYS * 32 + valid * 32, (KEYS - valid) * 32);
+        fence_proxy_async();
+        warp_barrier();
+        if (thread_index() % 32 == 0) mbarrier_arrive(smem + V_FULL + 8 * stage);
       }
-      stage = (stage + blocks(tile)) % STAGES;
+      stage = (stage + key_blocks(work.keys)) % STAGES;
     }
   }
 
-  DEV static void consume(const Args& args, Shared& shared, int warpgroup) {
-    const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-    const int row = 16 * (thread / 32) + lane / 4;  // and row + 8, of the warpgroup's 64
+  static DEV void zero(uint32_t from, int bytes) {
+#pragma unroll 1
+    for (int i = 16 * (thread_index() % 32); i < bytes; i += 16 * 32) store_shared(from + i, Words4{0, 0, 0, 0});
+  }
+
+  // Consumers --------------------------------------------------------------------------------------------------------------
+
+  static DEV void consume(const ForwardSm90Args& args, uint32_t smem, int warpgroup) {
+    const int lane = thread_index() % 32;
+    const int row = 64 * warpgroup + 16 * (thread_index() / 32 % 4) + lane / 4;  // of the tile; and row + 8
     const float scale = args.scale_log2;
-    const uint32_t q_low = (address(shared.q) + warpgroup * 64 * SWIZZLE) >> 4;
-    const uint32_t k_low = address(shared.k) >> 4;
-    // The leading offset of V is the distance of its chunks of columns.
-    const uint32_t v_low = (address(shared.v) >> 4) | (uint32_t(KEYS * SWIZZLE >> 4) << 16);
-    Ring k_ring, v_ring;
-    int count = 0;
-    if (IN_TURN && warpgroup == CONSUMERS - 1) ptx::named_barrier_arrive(1, 256);
+    Ring<SLOTS> slot;
+    Ring<STAGES> k, v;
+    Scores s;
+    Output o;
+    Probabilities p;
+    float m[2], l[2];  // of rows `row` and `row + 8`: running maximum, this thread's share of the sum of exponentials
+
+    if (IN_TURN && warpgroup == CONSUMERS - 1) named_barrier_arrive(1, 256);
+    Work work = next_tile(args, smem, slot, row);
+    if (work.rows == 0) return;
+    int block = key_blocks(work.keys) - 1;
+
+    mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
+    wgmma_fence();
+    scores(s, smem, slot.at, k.at, warpgroup);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (lane == 0) mbarrier_arrive(smem + K_EMPTY + 8 * k.at);
+    k.next();
+    begin(m, l, o);
+    mask(s, work, row, block);
+    float factor[2];
+    exponentiate(s, m, l, scale, factor);
+    pack_all(p, s);
+    mbarrier_wait(smem + V_FULL + 8 * v.at, v.parity);
+
+    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
+    auto products = [&](int slot_at) {
+      mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
+      if (IN_TURN) named_barrier_wait(1 + warpgroup, 256);
+      wgmma_fence();
+      scores(s, smem, slot_at, k.at, warpgroup);
+      wgmma_commit();
+      accumulate(o, p, smem, v.at);
+      wgmma_commit();
+      if (IN_TURN == 1) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
+      wgmma_wait<1>();
+      if (IN_TURN == 2) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
+      if (lane == 0) mbarrier_arrive(smem + K_EMPTY + 8 * k.at);
+      k.next();
+    };
+    auto products_end = [&](float late_on) {
+      const int used = v.at;
+      v.next();
+      // The next V is awaited here, at an address that depends on the last exponential: else ptxas moves the wait below above
+      // the exponentials, and P V no longer runs under them.
+      const uint32_t late = float_bits(late_on) & args.zero;
+      mbarrier_wait(smem + V_FULL + 8 * v.at + late, v.parity);
+      wgmma_wait<0>();
+      if (lane == 0) mbarrier_arrive(smem + V_EMPTY + 8 * used);
+    };
 
 #pragma unroll 1
-    for (int t = blockIdx.x; t < args.problem.tile_count; t += gridDim.x, ++count) {
-      ptx::mbarrier_wait(address(&shared.q_full), count & 1);
-      const Tile& tile = shared.tiles[count & 1];
-      const int key_count = tile.keys;
-      int block = (key_count + KEYS - 1) / KEYS - 1;
-
-      float s[KEYS / 2], o[D / 2];
-      uint32_t p[KEYS / 16][4];
-      float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f};
+    while (true) {
+#pragma unroll 1
+      for (--block; block >= 0; --block) {
+        products(slot.at);
+        if (CAUSAL && (block + 1) * KEYS > first_masked(work, warpgroup)) mask(s, work, row, block);
+        exponentiate(s, m, l, scale, factor);
+        products_end(l[0] + l[1]);
+        rescale(o, factor);
+        pack_all(p, s);
+      }
+      // The first key block of the next tile goes with the last one of this tile.
+      if (lane == 0) mbarrier_arrive(smem + Q_EMPTY + 8 * slot.at);
+      slot.next();
+      const Work ahead = next_tile(args, smem, slot, row);
+      if (ahead.rows == 0) break;
+      block = key_blocks(ahead.keys) - 1;
+      products(slot.at);
+      const float old_m[2] = {m[0], m[1]}, old_l[2] = {l[0], l[1]};
+      m[0] = m[1] = -INFINITY;
+      l[0] = l[1] = 0.0f;
+      mask(s, ahead, row, block);
+      exponentiate(s, m, l, scale, factor);
+      products_end(l[0] + l[1]);
+      store(args, work, row, o, old_m, old_l);
+      work = ahead;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-
-      // Keys that the thread's rows see, counted from the first key of `block`.
-      const int own_row = warpgroup * 64 + row;
-      int limit[2];
-      limit[0] = key_count, limit[1] = key_count;
-      if constexpr (CAUSAL) {
-        limit[0] = min(key_count, own_row + tile.diagonal + 1);
-        limit[1] = min(key_count, own_row + 8 + tile.diagonal + 1);
-      }
-      const int unmasked = CAUSAL ? min(key_count, warpgroup * 64 + tile.diagonal + 1) : key_count;
-
-      if (block >= 0) {
-        ptx::mbarrier_wait(address(&shared.k_full[k_ring.stage]), k_ring.parity);
-        ptx::wgmma_fence();
-        scores(s, q_low, k_low + k_ring.stage * (KV_BYTES >> 4));
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::mbarrier_arrive(address(&shared.k_empty[k_ring.stage]));
-        k_ring.next();
-        mask(s, limit, block);
-        float factor[2];
-        exponentiate(s, m, l, scale, factor);
-        pack_all(p, s);
-        ptx::mbarrier_wait(address(&shared.v_full[v_ring.stage]), v_ring.parity);
-
-#pragma unroll 1
-        for (--block; block >= 0; --block) {
-          ptx::mbarrier_wait(address(&shared.k_full[k_ring.stage]), k_ring.parity);
-          if constexpr (IN_TURN) ptx::named_barrier_sync(1 + warpgroup, 256);
-          ptx::wgmma_fence();
-          scores(s, q_low, k_low + k_ring.stage * (KV_BYTES >> 4));
-          ptx::wgmma_commit();
-          accumulate(o, p, v_low + v_ring.stage * (KV_BYTES >> 4));
-          ptx::wgmma_commit();
-          if constexpr (IN_TURN) ptx::named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
-          ptx::wgmma_wait<1>();
-          if (lane == 0) ptx::mbarrier_arrive(address(&shared.k_empty[k_ring.stage]));
-          k_ring.next();
-          if constexpr (CAUSAL)
-            if ((block + 1) * KEYS > unmasked) mask(s, limit, block);
-          float factor[2];
-          exponentiate(s, m, l, scale, factor);
-          const int used = v_ring.stage;
-          v_ring.next();
-          // The next V is awaited here, at an address that depends on the last exponential: else ptxas moves the wait below
-          // above the exponentials, and P V no longer runs under them.
-          const uint32_t late = (__float_as_uint(l[0]) ^ __float_as_uint(l[1])) & args.zero;
-          ptx::mbarrier_wait(address(&shared.v_full[v_ring.stage]) + late, v_ring.parity);
-          ptx::wgmma_wait<0>();
-          if (lane == 0) ptx::mbarrier_arrive(address(&shared.v_empty[used]));
-          rescale(o, factor);
-          pack_all(p, s);
-        }
-        if (lane == 0) ptx::mbarrier_arrive(address(&shared.q_empty));
-        ptx::wgmma_fence();
-        accumulate(o, p, v_low + v_ring.stage * (KV_BYTES >> 4));
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::mbarrier_arrive(address(&shared.v_empty[v_ring.stage]));
-        v_ring.next();
-      } else {
-        if (lane == 0) ptx::mbarrier_arrive(address(&shared.q_empty));
-      }
-      store(args, tile, o, m, l, scale, own_row);
+      pack_all(p, s);
     }
+    wgmma_fence();
+    accumulate(o, p, smem, v.at);
+    wgmma_commit();
+    wgmma_wait<0>();
+    store(args, work, row, o, m, l);
+  }
+
+  // The next tile that has keys; rows without keys are written on the way.
+  static DEV Work next_tile(const ForwardSm90Args& args, uint32_t smem, Ring<SLOTS>& slot, int row) {
+#pragma unroll 1
+    while (true) {
+      mbarrier_wait(smem + Q_FULL + 8 * slot.at, slot.parity);
+      const Work work = get_tile(smem + TILES + 32 * slot.at);
+      if (work.rows == 0 || work.keys > 0) return work;
+      store_nothing(args, work, row);
+      warp_barrier();
+      if (thread_index() % 32 == 0) mbarrier_arrive(smem + Q_EMPTY + 8 * slot.at);
+      slot.next();
+    }
+  }
+
+  static DEV void begin(float (&m)[2], float (&l)[2], Output& o) {
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
   }
 
   // S = Q K^T of one key block.
-  DEV static void scores(float (&s)[KEYS / 2], uint32_t q, uint32_t k) {
+  static DEV void scores(Scores& s, uint32_t smem, int slot, int stage, int warpgroup) {
+    const uint32_t q_wide = (smem + Q + slot * QLayout::STRIDE + warpgroup * 64 * 128) >> 4;
+    const uint32_t q_narrow = (smem + Q + slot * QLayout::STRIDE + warpgroup * 64 * 32) >> 4;
+    const uint32_t k = (smem + K + stage * KLayout::STRIDE) >> 4;
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-      const int chunk = step * 16 / W, inside = step * 16 % W * 2;
-      ptx::WgmmaShared<KEYS, Element>::template run<DESCRIPTOR_HIGH>(s, q + ((chunk * ROWS * SWIZZLE + inside) >> 4),
-                                                                     k + ((chunk * KEYS * SWIZZLE + inside) >> 4), step > 0);
-    }
+    for (int step = 0; step < D / 16; ++step)
+      WgmmaShared<BF16, KEYS>::run(s, (step < 4 * QLayout::WIDE ? q_wide : q_narrow) + (QLayout::offset(step) >> 4),
+                                   k + (KLayout::offset(step) >> 4), KLayout::high(step), step > 0);
   }
 
   // O += P V of one key block.
-  DEV static void accumulate(float (&o)[D / 2], const uint32_t (&p)[KEYS / 16][4], uint32_t v) {
+  static DEV void accumulate(Output& o, const Probabilities& p, uint32_t smem, int stage) {
+    const uint32_t v = (smem + V + stage * VLayout::STRIDE) >> 4;
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step)
-      ptx::WgmmaRegisters<D, Element>::template run<DESCRIPTOR_HIGH>(o, p[step], v + (step * 16 * SWIZZLE >> 4));
+    for (int step = 0; step < KEYS / 16; ++step) {
+      if constexpr (VLayout::WIDE > 0)
+        WgmmaRegisters<BF16, 64 * VLayout::WIDE>::run(reinterpret_cast<float(&)[32 * VLayout::WIDE]>(o), p[step],
+                                                      (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
+      if constexpr (VLayout::NARROW > 0)
+        WgmmaRegisters<BF16, 16 * VLayout::NARROW>::run(
+            reinterpret_cast<float(&)[8 * VLayout::NARROW]>(o[32 * VLayout::WIDE]), p[step],
+            ((v + (VLayout::NARROW_OFFSET >> 4)) | (KEYS * 32 >> 4 << 16)) + step * (16 * 32 >> 4), VLayout::NARROW_HIGH);
+    }
   }
 
-  DEV static void mask(float (&s)[KEYS / 2], const int (&limit)[2], int block) {
-    const int column = block * KEYS + 2 * (threadIdx.x % 4);
+  // Key blocks that end beyond this have keys that some row of the warpgroup doesn't see.
+  static DEV int first_masked(const Work& work, int warpgroup) { return 64 * warpgroup + work.diagonal + 1; }
+
+  static DEV void mask(Scores& s, const Work& work, int row, int block) {
+    const int column = block * KEYS + 2 * (thread_index() % 4);
+    int limit[2] = {work.keys - column, work.keys - column};
+    if (CAUSAL)
+      for (int r = 0; r < 2; ++r) limit[r] = min(limit[r], row + 8 * r + work.diagonal + 1 - column);
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i)
-      if (column + 8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY;
+      if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY;
   }
 
-  DEV static float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  }
-
-  // s -> exp2(scale (s - m)) with the running maximum m; l gathers this thread's share of the row sums. o is to be multiplied by factor.
-  DEV static void exponentiate(float (&s)[KEYS / 2], float (&m)[2], float (&l)[2], float scale, float (&factor)[2]) {
+  // s -> 2^(scale s - scale m) with the running maximum m; l is multiplied by `factor` and gathers this thread's exponentials.
+  // What was accumulated before is to be multiplied by `factor` too.
+  static DEV void exponentiate(Scores& s, float (&m)[2], float (&l)[2], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top[2] = {s[2 * r], s[2 * r + 1]};
@@ -310,13 +380,16 @@ struct ForwardSm90 {
         top[0] = fmaxf(top[0], s[i + 2 * r]);
         top[1] = fmaxf(top[1], s[i + 2 * r + 1]);
       }
-      const float candidate = fmaxf(m[r], quad_max(fmaxf(top[0], top[1])));
-      // A maximum that grows by less than 2^8 stays: P then reaches 256 at most, which float32 sums and both types hold.
-      const bool grow = RESCALE_ALWAYS || !((candidate - m[r]) * scale <= 8.0f);
-      const float fresh = grow ? candidate : m[r];
-      factor[r] = grow ? exp2_fast((m[r] - (fresh == -INFINITY ? 0.0f : fresh)) * scale) : 1.0f;
-      m[r] = fresh;
-      const float shift = fresh == -INFINITY ? 0.0f : fresh * scale;
+      float candidate = fmaxf(m[r], fmaxf(top[0], top[1]));
+      candidate = fmaxf(candidate, shuffle_xor(candidate, 1));
+      candidate = fmaxf(candidate, shuffle_xor(candidate, 2));
+      // A maximum that grows by less than 2^8 is left: P then reaches 256, which sums in float32 and both types hold, and o is
+      // multiplied rarely.
+      const bool grows = !((candidate - m[r]) * scale <= 8.0f);
+      const float before = m[r];
+      m[r] = grows ? candidate : before;
+      const float shift = m[r] == -INFINITY ? 0.0f : m[r] * scale;
+      factor[r] = grows ? exp2_fast(before * scale - shift) : 1.0f;
       float sum[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < KEYS / 2; i += 4)
@@ -324,55 +397,96 @@ struct ForwardSm90 {
         for (int c = 0; c < 2; ++c) {
           float& x = s[i + 2 * r + c];
           x = fmaf(x, scale, -shift);
-          x = (POLY > 0 && (i / 4) % (POLY > 0 ? POLY : 1) == 0 && c == 0) ? exp2_polynomial(x) : exp2_fast(x);
+          x = POLY > 0 && i / 4 % (POLY > 0 ? POLY : 1) == 0 && c == 0 ? exp2_polynomial(x) : exp2_fast(x);
           sum[c] += x;
         }
       l[r] = fmaf(l[r], factor[r], sum[0] + sum[1]);
     }
   }
 
-  DEV static void rescale(float (&o)[D / 2], const float (&factor)[2]) {
-    if constexpr (!RESCALE_ALWAYS)
-      if (__all_sync(~0u, factor[0] == 1.0f && factor[1] == 1.0f)) return;
+  // 2^x on the FMA pipe: x = n + f with |f| <= 1/2, a cubic in f (relative error 7.5e-5, a 26th of a bf16 unit), then n is added
+  // to the exponent.
+  static DEV float exp2_polynomial(float x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
+    x = max_nan(x, -126.0f);
+    const float n = x + magic;
+    const float f = x - (n - magic);
+    float y = fmaf(0.05592203f, f, 0.24264008f);
+    y = fmaf(y, f, 0.69312103f);
+    y = fmaf(y, f, 0.99992448f);
+    return bits_float(float_bits(y) + (float_bits(n) << 23));
+  }
+
+  static DEV void rescale(Output& o, const float (&factor)[2]) {
+    if (!any(factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] *= factor[i / 2 % 2];
   }
 
-  DEV static void pack_all(uint32_t (&p)[KEYS / 16][4], const float (&s)[KEYS / 2]) {
+  // The accumulator's layout is, pair by pair, that of the operand.
+  static DEV void pack_all(Probabilities& p, const Scores& s) {
 #pragma unroll
     for (int i = 0; i < KEYS / 16; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+      for (int j = 0; j < 4; ++j) p[i][j] = pack<BF16>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
   }
 
-  DEV static void store(const Args& args, const Tile& tile, float (&o)[D / 2], const float (&m)[2], const float (&l)[2], float scale,
-                        int own_row) {
+  static DEV void store(const ForwardSm90Args& args, const Work& work, int row, const Output& o, const float (&m)[2],
+                        const float (&l)[2]) {
     const VarlenAttention& problem = args.problem;
-    const int lane = threadIdx.x % 32;
+    const int lane = thread_index() % 32;
+    const int quad = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = l[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      float sum = l[r] + shuffle_xor(l[r], 1);
+      sum += shuffle_xor(sum, 2);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const bool valid = own_row + 8 * r < tile.rows;
-      const int64_t token = tile.q_row + own_row + 8 * r;
-      if (valid && lane % 4 == 0)
-        problem.lse[int64_t(tile.head) * problem.T + token] = sum == 0.0f ? -INFINITY : (m[r] * scale + log2f(sum)) * 0.6931471805599453f;
-      if (valid) {
-        Element* out = static_cast<Element*>(problem.o) + token * problem.o_stride_t + tile.head * problem.o_stride_h;
+      uint32_t x[D / 8];
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i)
-          *reinterpret_cast<uint32_t*>(out + 8 * i + 2 * (lane % 4)) = pack(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse);
+      for (int i = 0; i < D / 8; ++i) x[i] = pack<BF16>(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse);
+      const bool valid = row + 8 * r < work.rows;
+      const int64_t token = work.q_row + row + 8 * r;
+      if (valid && quad == 0)
+        problem.lse[work.head * int64_t(problem.T) + token] = sum == 0.0f ? -INFINITY : (m[r] * args.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+      uint16_t* out = static_cast<uint16_t*>(problem.o) + token * problem.o_stride_t + work.head * problem.o_stride_h;
+      // Four lanes hold 32 columns of a row in pairs; after a transposition each holds 8 neighbours.
+#pragma unroll
+      for (int i = 0; i + 4 <= D / 8; i += 4) {
+        uint32_t y[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+        transpose(y, quad);
+        if (valid) *reinterpret_cast<Words4*>(out + 8 * (i + quad)) = Words4{y[0], y[1], y[2], y[3]};
       }
+#pragma unroll
+      for (int i = D / 32 * 4; i < D / 8; ++i)
+        if (valid) *reinterpret_cast<uint32_t*>(out + 8 * i + 2 * quad) = x[i];
+    }
+  }
+
+  // y[j] of lane i of a group of four <-> y[i] of lane j.
+  static DEV void transpose(uint32_t (&y)[4], int quad) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if ((i & bit) == 0) {
+          const bool upper = quad & bit;
+          const uint32_t sent = upper ? y[i] : y[i + bit];
+          const uint32_t got = shuffle_xor(sent, bit);
+          (upper ? y[i] : y[i + bit]) = got;
+        }
+  }
+
+  static DEV void store_nothing(const ForwardSm90Args& args, const Work& work, int row) {
+    const VarlenAttention& problem = args.problem;
+    const int quad = thread_index() % 4;
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= work.rows) continue;
+      const int64_t token = work.q_row + row + 8 * r;
+      if (quad == 0) problem.lse[work.head * int64_t(problem.T) + token] = -INFINITY;
+      uint16_t* out = static_cast<uint16_t*>(problem.o) + token * problem.o_stride_t + work.head * problem.o_stride_h;
+      for (int i = quad; i < D / 8; i += 4) *reinterpret_cast<Words4*>(out + 8 * i) = Words4{0, 0, 0, 0};
     }
   }
 };
-
-template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, 1) varlen_attention_forward_sm90(const __grid_constant__ typename Kernel::Args args) {
-  extern __shared__ unsigned char dynamic_shared[];
-  Kernel::run(args, dynamic_shared);
-}
 
 }  // namespace qwen2vl_fast

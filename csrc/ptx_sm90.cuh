@@ -1,35 +1,60 @@
-// Hopper's own instructions: mbarriers, the tensor memory accelerator (TMA), warpgroup products. sm_90a only.
-// Shared-memory addresses are 32-bit and point into the CTA's window.
+// Hopper's own instructions (sm_90a): mbarriers, the tensor memory accelerator (TMA), fences of warpgroup products, and
+// registers that move between warpgroups. As in ptx.cuh, under another compiler than nvcc each is its twin on the CPU.
 #pragma once
 
+#include "ptx.cuh"
+
+#ifdef __CUDACC__
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#endif
 
-#include <cstdint>
+namespace qwen2vl_fast {
 
-#define DEV __device__ __forceinline__
+#ifdef __CUDACC__
+using TensorMap = CUtensorMap;
+#else
+using TensorMap = host::TensorMap;
+#endif
 
-namespace qwen2vl_fast::ptx {
-
-// mbarriers. A phase ends when all arrivals and all announced bytes have come; waiting is by the parity of the phase.
+// mbarriers, 8 bytes of shared memory each. A phase ends when all its arrivals and all announced bytes have come; waiting is by
+// the phase's parity, and a fresh mbarrier lets a wait for parity 1 pass.
 
 DEV void mbarrier_init(uint32_t barrier, int arrivals) {
+#ifdef __CUDACC__
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#else
+  host::mbarrier_init(barrier, arrivals);
+#endif
 }
 
-// Makes freshly initialised mbarriers visible to the TMA.
-DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes initialised mbarriers visible to the TMA.
+DEV void fence_mbarrier_init() {
+#ifdef __CUDACC__
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  host::fence_mbarrier_init();
+#endif
+}
 
 DEV void mbarrier_arrive(uint32_t barrier) {
+#ifdef __CUDACC__
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#else
+  host::mbarrier_arrive(barrier);
+#endif
 }
 
+// Arrives, and makes the phase wait for `bytes` more.
 DEV void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+#ifdef __CUDACC__
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#else
+  host::mbarrier_arrive_expect(barrier, bytes);
+#endif
 }
 
 DEV void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef __CUDACC__
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -39,49 +64,150 @@ DEV void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#else
+  host::mbarrier_wait(barrier, parity);
+#endif
 }
 
-// Makes this thread's ordinary shared-memory stores visible to TMA and wgmma, which read through another proxy.
-DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// TMA. The box lands at `smem`; its bytes count towards `barrier`'s phase. Coordinates are innermost first, in elements.
-
-DEV void tma_prefetch_descriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+// Makes this thread's ordinary stores to shared memory visible to TMA and wgmma, which read through another proxy.
+DEV void fence_proxy_async() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  host::fence_proxy_async();
+#endif
 }
 
-DEV void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+// Copies a box of a tensor to shared memory at `to`; its bytes count towards the phase of `barrier`. Coordinates are innermost
+// first, in elements; what lies outside the tensor is filled with zeros and counted like the rest.
+DEV void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+#ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
+#else
+  host::tma_load(to, map, barrier, c0, c1, c2, c3);
+#endif
 }
 
-// Warpgroup products: 64 rows, issued by four warps together, run asynchronously; results may be touched after the wait.
+DEV void tma_prefetch(const TensorMap& map) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#else
+  (void)map;
+#endif
+}
 
-DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Warpgroup products run asynchronously. A fence comes before the first one and after their registers were touched; products
+// are committed in groups; accumulators may be read, and operands overwritten, once the group has been waited for.
 
-DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEV void wgmma_fence() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  host::wgmma_fence();
+#endif
+}
 
+DEV void wgmma_commit() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  host::wgmma_commit();
+#endif
+}
+
+// Waits until at most PENDING groups of this warp are under way.
 template <int PENDING>
 DEV void wgmma_wait() {
+#ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#else
+  host::wgmma_wait(PENDING);
+#endif
 }
 
-// Registers move between warpgroups: the producer gives some back, consumers take them.
+// The warpgroup's registers a thread from here on: the producer gives some back, consumers take them.
 
 template <int REGISTERS>
-DEV void register_release() {
+DEV void give_registers() {
+#ifdef __CUDACC__
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#else
+  host::give_registers(REGISTERS);
+#endif
 }
 
 template <int REGISTERS>
-DEV void register_acquire() {
+DEV void take_registers() {
+#ifdef __CUDACC__
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#else
+  host::take_registers(REGISTERS);
+#endif
 }
 
-DEV void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Barriers 1 to 15 of the block, each for `threads` threads: those that wait and those that only arrive.
 
-DEV void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEV void named_barrier_wait(int id, int threads) {
+#ifdef __CUDACC__
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  host::named_barrier_wait(id, threads);
+#endif
+}
 
-}  // namespace qwen2vl_fast::ptx
+DEV void named_barrier_arrive(int id, int threads) {
+#ifdef __CUDACC__
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  host::named_barrier_arrive(id, threads);
+#endif
+}
+
+// The value of lane 0, which all lanes hold: tells the compiler that branches on it are taken together.
+DEV int warp_uniform(int x) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, x, 0);
+#else
+  return x;
+#endif
+}
+
+DEV uint32_t shuffle_xor(uint32_t x, int lanes) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+#else
+  return host::shuffle_xor(x, lanes);
+#endif
+}
+
+DEV uint32_t float_bits(float x) {
+#ifdef __CUDACC__
+  return __float_as_uint(x);
+#else
+  return host::float_bits(x);
+#endif
+}
+
+DEV float bits_float(uint32_t x) {
+#ifdef __CUDACC__
+  return __uint_as_float(x);
+#else
+  return host::bits_float(x);
+#endif
+}
+
+// The larger of two, NaN if one is: fmaxf drops a NaN.
+DEV float max_nan(float x, float y) {
+#ifdef __CUDACC__
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x != x ? x : y != y ? y : x > y ? x : y;
+#endif
+}
+
+}  // namespace qwen2vl_fast
