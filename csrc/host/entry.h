@@ -1,0 +1,41 @@
+// How tests start a kernel on the CPU: by C functions of a shared library, which return 0, or 1 and a message.
+#pragma once
+
+#include <cstdio>
+#include <new>
+
+#include "runtime.h"
+
+#define HOST_ENTRY extern "C" __attribute__((visibility("default")))
+
+namespace qwen2vl_fast {
+namespace host {
+
+// Mirrored by tests/host/runner.py.
+struct Run {
+  int grid;
+  int races;
+  uint64_t seed;
+  char* message;
+  int message_bytes;
+};
+
+inline int finish(const Run& run, const std::string& error) {
+  if (error.empty()) return 0;
+  std::snprintf(run.message, run.message_bytes, "%s", error.c_str());
+  return 1;
+}
+
+template <class Kernel, class Args>
+int run_kernel(const Args& args, const Run& run) {
+  Launch launch;
+  launch.grid = run.grid;
+  launch.threads = Kernel::THREADS;
+  launch.shared_bytes = Kernel::SMEM;
+  launch.seed = run.seed;
+  launch.races = run.races != 0;
+  return finish(run, run_grid([](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }, &args, launch));
+}
+
+}  // namespace host
+}  // namespace qwen2vl_fast

@@ -1,0 +1,106 @@
+"""Calls the kernels of a library that tests/host/build.py made, by ctypes, on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.compare import bounds_of, guard
+
+
+class HostError(Exception):
+    """What the runtime found wrong with a run: a race, a deadlock, a divergence, an address."""
+
+
+class Run(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_int), ("races", ctypes.c_int), ("seed", ctypes.c_uint64), ("message", ctypes.c_char_p),
+        ("message_bytes", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class VarlenAttention(ctypes.Structure):
+    """csrc/varlen_attention.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "lse", "tiles")),
+        *((name, ctypes.c_int) for name in ("tile_count", "T", "Tk", "H", "Hk", "D")),
+        *((f"{name}_stride_{axis}", ctypes.c_int64) for name in "qkvo" for axis in "th"),
+        ("scale", ctypes.c_float), ("causal", ctypes.c_bool), ("bfloat16", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+@functools.cache
+def load(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+def call(function, *arguments: object, grid: int, seed: int, races: bool = True) -> None:
+    """function(*arguments, run); raises HostError with the runtime's message."""
+    message = ctypes.create_string_buffer(8192)
+    run = Run(grid, races, seed, ctypes.cast(message, ctypes.c_char_p), len(message))
+    if function(*arguments, ctypes.byref(run)):
+        raise HostError(message.value.decode())
+
+
+def tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int, causal: bool) -> Tensor:
+    """The list of work, [tiles, 8] int32, longest first; re-derived here from csrc/varlen_attention.h's description."""
+    found, q_row, k_row = [], 0, 0
+    for length, key_count in zip(lengths, keys, strict=True):
+        for first in range(0, length, rows):
+            count = min(rows, length - first)
+            diagonal = first + key_count - length
+            seen = min(key_count, max(0, diagonal + count)) if causal else key_count
+            found += [[q_row + first, count, k_row, seen, head, diagonal, 0, 0] for head in range(heads)]
+        q_row, k_row = q_row + length, k_row + key_count
+    found.sort(key=lambda tile: -tile[3])
+    return torch.tensor(found, dtype=torch.int32).reshape(-1, 8)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A forward kernel as an op: kernel(q, k, v, cu_seqlens, ...) -> (o, lse)."""
+
+    path: Path
+    name: str
+    rows: int
+    grid: int = 3
+    seed: int = 0
+    races: bool = True
+    options: tuple[int, ...] = field(default=())
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None,
+        scale: float | None = None, causal: bool = False, return_lse: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        lengths = cu_seqlens.diff().tolist()
+        keys = lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+        work = tiles(lengths, keys, q.shape[1], self.rows, causal)
+        heads, total = q.shape[1], q.shape[0]
+        o = guard(q.new_full(q.shape, torch.nan), strided=True)
+        lse = guard(torch.full((heads, total), torch.nan), strided=False)
+        views = {"q": q, "k": k, "v": v, "o": o.view}
+        problem = VarlenAttention(
+            **{name: x.data_ptr() for name, x in views.items()},
+            lse=lse.view.data_ptr(), tiles=work.data_ptr(), tile_count=len(work),
+            T=total, Tk=k.shape[0], H=heads, Hk=k.shape[1], D=q.shape[2],
+            **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
+            scale=q.shape[-1] ** -0.5 if scale is None else scale, causal=causal, bfloat16=q.dtype == torch.bfloat16,
+        )  # fmt: skip
+        function = getattr(load(self.path), self.name)
+        call(function, ctypes.byref(problem), self.rows, *self.options, grid=self.grid, seed=self.seed, races=self.races)
+        results = o.view.clone(), lse.view.clone()
+        for guarded in (o, lse):
+            guarded.view.fill_(torch.nan)
+            guarded.check("output")
+        return results
+
+
+def packed_bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor(bounds_of(lengths), dtype=torch.int32)
