@@ -24,6 +24,8 @@ from .model import Qwen2VL
 NANO = Path(__file__).parent / "assets" / "nano"
 CHECKOUT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Files of bench/ that measure nothing by themselves, or are no part of a run of everything.
+NO_SUBJECTS = frozenset(("__init__", "timing", "peers", "passes", "report", "plots", "sanitize", "micro", "conftest"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
 VIDEOS = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv"))
 
@@ -236,10 +238,12 @@ def _interact(conversation: Conversation) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """The benchmarks of a checkout, one subject or all, each in a process of its own."""
-    folder = CHECKOUT / "bench"
-    subjects = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "timing", "passes", "report"))
+    subjects = sorted(path.stem for path in (CHECKOUT / "bench").glob("*.py") if path.stem not in NO_SUBJECTS)
     if not subjects:
         raise FileNotFoundError("benchmarks live in the repository; install a checkout with pip install -e and run this again")
+    if arguments.list:
+        say("\n".join(subjects))
+        return 0
     wanted = [arguments.subject] if arguments.subject else subjects
     if wanted[0] not in subjects:
         raise ValueError(f"bench: expected one of {', '.join(subjects)}, got {arguments.subject!r}")
@@ -289,6 +293,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="timings on this machine (in a checkout)")
     bench.add_argument("subject", nargs="?", help="one file of bench/ (default: all)")
+    bench.add_argument("--list", action="store_true", help="name the subjects")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="handed to it")
     bench.set_defaults(run=run_bench)
 

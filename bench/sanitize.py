@@ -1,0 +1,88 @@
+"""Every kernel of ours once at small awkward sizes, forward and backward: a program to run under compute-sanitizer.
+
+compute-sanitizer --tool memcheck python -m bench.sanitize
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from qwen2vl_fast import ops
+from qwen2vl_fast.ops import backends
+from qwen2vl_fast.positions import attention_schedule
+
+TOKENS, LENGTHS = 148, (1, 64, 0, 83)  # no multiple of a tile, an empty segment
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(op, backend, call) of each kernel that can run here."""
+    device = "cuda"
+    hidden = torch.randn(TOKENS, 1280, device=device, dtype=dtype, requires_grad=True)
+    other = torch.randn(TOKENS, 1280, device=device, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.randn(1280, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    wide = torch.randn(TOKENS, 5120, device=device, dtype=dtype, requires_grad=True)
+    wide_bias = torch.randn(5120, device=device, dtype=dtype, requires_grad=True)
+    qkv = torch.randn(TOKENS, 3, 16, 80, device=device, dtype=dtype, requires_grad=True)
+    text_q = torch.randn(TOKENS, 12, 128, device=device, dtype=dtype, requires_grad=True)
+    text_k, text_v = (torch.randn(TOKENS, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    places = torch.arange(TOKENS, device=device).expand(3, -1).contiguous()
+    frames = torch.randint(256, (2, 56, 84, 3), device=device, dtype=torch.uint8)
+    bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    schedule = attention_schedule(bounds, heads=16, device=device)
+    text_schedule = attention_schedule(bounds, heads=12, device=device)
+
+    def vision_attention(backend: str) -> Any:
+        return ops.varlen_attention(*qkv.unbind(1), schedule.cu_seqlens, schedule=schedule, backend=backend)
+
+    def text_attention(backend: str) -> Any:
+        return ops.varlen_attention(
+            text_q, text_k, text_v, text_schedule.cu_seqlens, schedule=text_schedule, causal=True, backend=backend
+        )
+
+    work = {
+        "vision_rope": lambda backend: ops.vision_rope(*qkv.unbind(1)[:2], places[:2], backend=backend),
+        "mrope": lambda backend: ops.mrope(text_q, text_k, places, backend=backend),
+        "merge_patches": lambda backend: ops.merge_patches(hidden, weight, bias, backend=backend),
+        "layer_norm": lambda backend: ops.layer_norm(hidden, weight, bias, eps=1e-6, residual=other, backend=backend),
+        "rms_norm": lambda backend: ops.rms_norm(hidden, weight, eps=1e-6, residual=other, backend=backend),
+        "quick_gelu": lambda backend: ops.quick_gelu(wide, wide_bias, backend=backend),
+        "gelu": lambda backend: ops.gelu(wide, wide_bias, backend=backend),
+        "swiglu": lambda backend: ops.swiglu(wide, backend=backend),
+        "patchify": lambda backend: ops.patchify(frames, dtype=dtype, backend=backend),
+    }
+    for op, run in work.items():
+        if backends.unusable(op, "triton", device) is None:
+            yield op, "triton", lambda run=run: run("triton")
+    if backends.unusable("varlen_attention", "cuda", device) is None:
+        yield "varlen_attention", "cuda", lambda: vision_attention("cuda")
+        yield "causal varlen_attention", "cuda", lambda: text_attention("cuda")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", default="none", help="the sanitizer around it, for the report")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.sanitize needs a CUDA device")
+    for dtype in (torch.bfloat16, torch.float16):
+        for op, backend, call in calls(dtype):
+            results = call()
+            results = results if isinstance(results, tuple) else (results,)
+            differentiable = [x for x in results if x.requires_grad]
+            passes = "forward"
+            if differentiable:
+                try:
+                    torch.autograd.backward(differentiable, [torch.randn_like(x) for x in differentiable])
+                    passes = "forward, backward"
+                except NotImplementedError as error:
+                    passes = f"forward; no backward: {' '.join(str(error).split())[:100]}"
+            torch.cuda.synchronize()
+            print(f"{options.tool}: {op} ({backend}, {str(dtype).removeprefix('torch.')}): {passes}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
