@@ -13,6 +13,9 @@ namespace qwen2vl_fast {
 // kernel: "sm_80"; rows: the block size that the tiles were made for. stream: a cudaStream_t of `device`.
 void forward(const VarlenAttention& problem, const std::string& kernel, int rows, int device, void* stream);
 
+// rows, key_rows: the block sizes of problem.tiles and of key_tiles, 64 or 128.
+void backward(const VarlenAttentionBackward& problem, int rows, int key_rows, int device, void* stream);
+
 void build_tiles(const TileList& list, int device, void* stream);
 
 }  // namespace qwen2vl_fast

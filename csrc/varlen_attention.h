@@ -38,7 +38,27 @@ struct VarlenAttention {
   bool bfloat16;  // else float16
 };
 
-// What the device needs to build the list of tiles itself. The list has (T / rows + N) * heads entries.
+struct VarlenAttentionBackward {
+  VarlenAttention problem;  // as in the forward, o and lse as it wrote them; tiles in blocks of the kernel for dq
+  // Tiles by keys: keys k_row.. (`keys` of them) of key head `head`, and the query rows q_row.. (`rows`) that see any of them;
+  // causal: row i sees the block's keys j <= i + diagonal.
+  const Tile* key_tiles;
+  int key_tile_count;
+  const void* grad;  // dO [T, H, D]
+  void* dq;          // [T, H, D]
+  void* dk;          // [Tk, Hk, D]
+  void* dv;          // [Tk, Hk, D]
+  float* shift;      // [H, T], workspace: lse in units of log2
+  float* delta;      // [H, T], workspace: sum(dO * o)
+  float* dq_sum;     // [T, H, D], workspace; null: dq by a second pass, bit for bit the same in every run
+  int64_t grad_stride_t, grad_stride_h;
+  int64_t dq_stride_t, dq_stride_h;
+  int64_t dk_stride_t, dk_stride_h;
+  int64_t dv_stride_t, dv_stride_h;
+};
+
+// What the device needs to build the list of tiles itself. The list has (T / rows + N) * heads entries; by keys it is the
+// backward's key_tiles, has (Tk / rows + N) * heads entries, and `heads` are key heads.
 struct TileList {
   const int* bounds;    // [N + 1], of q's rows
   const int* bounds_k;  // [N + 1], of k's and v's rows
@@ -47,6 +67,7 @@ struct TileList {
   int heads;
   int rows;  // of a block
   bool causal;
+  bool by_keys;
 };
 
 }  // namespace qwen2vl_fast

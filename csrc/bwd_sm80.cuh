@@ -1,0 +1,404 @@
+// Backward of variable-length attention with mma.m16n8k16 and cp.async, for sm_80 and later.
+//
+//   P = exp(scale q k^T - lse)     dP = dO v^T     dS = P * (dP - sum(dO * o))
+//   dv = P^T dO                    dk = scale dS^T q                    dq = scale dS k
+//
+// RowSums prepares the two numbers that each query row needs. BackwardKeys owns a block of keys and goes through the queries
+// that see them: it computes the transposed scores, whose accumulators are at once the left operands of dv and dk. BackwardQueries
+// owns a block of queries and goes through their keys for dq: the same bits in every run, at the price of computing S and dP
+// twice. With ADD_DQ BackwardKeys adds dq itself, in float32 and in whatever order blocks come. docs/attention.md compares them.
+#pragma once
+
+#include <cmath>
+
+#include "rows_sm80.cuh"
+#include "varlen_attention.h"
+
+namespace qwen2vl_fast {
+
+// Of each row of o and dO: sum(dO * o), and lse in units of log2. Clears the row of dq_sum, where there is one.
+template <bool BF16, int D>
+struct RowSums {
+  static constexpr int THREADS = 256;
+  static constexpr int BLOCKS = 4;
+  static constexpr int SMEM = 0;
+  static constexpr int LANES = 8;  // of a row: a power of two, so that shuffles can add
+  static constexpr int ROWS = THREADS / LANES;
+
+  static DEV void run(const VarlenAttentionBackward& args) {
+    const VarlenAttention& p = args.problem;
+    const int64_t count = static_cast<int64_t>(p.T) * p.H;
+    // Every lane makes every turn, since all lanes meet in the shuffles.
+    for (int64_t first = static_cast<int64_t>(block_index()) * ROWS; first < count;
+         first += static_cast<int64_t>(block_count()) * ROWS) {
+      const int64_t index = first + thread_index() / LANES;
+      const int lane = thread_index() % LANES;
+      const bool valid = index < count;
+      const int64_t row = valid ? index / p.H : 0;
+      const int head = valid ? static_cast<int>(index % p.H) : 0;
+      const char* o = static_cast<const char*>(p.o) + 2 * (row * p.o_stride_t + head * p.o_stride_h);
+      const char* grad = static_cast<const char*>(args.grad) + 2 * (row * args.grad_stride_t + head * args.grad_stride_h);
+      float sum = 0.0f;
+      for (int piece = lane; piece < D / 8; piece += LANES) {
+        const Words4 x = reinterpret_cast<const Words4*>(o)[piece], y = reinterpret_cast<const Words4*>(grad)[piece];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x0, x1, y0, y1;
+          unpack<BF16>(x0, x1, x.word[i]);
+          unpack<BF16>(y0, y1, y.word[i]);
+          sum = fmaf(x1, y1, fmaf(x0, y0, sum));
+        }
+      }
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      sum += shuffle_xor(sum, 4);
+      if (!valid) continue;
+      const int64_t place = static_cast<int64_t>(head) * p.T + row;
+      if (lane == 0) {
+        const float lse = p.lse[place];
+        // A row without keys: +inf makes all its weights 0, where -inf would make them NaN.
+        args.shift[place] = lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f;
+        args.delta[place] = sum;
+      }
+      if (args.dq_sum != nullptr) {
+        Words4* target = reinterpret_cast<Words4*>(args.dq_sum + index * D);
+        for (int piece = lane; piece < D / 4; piece += LANES) target[piece] = Words4{};
+      }
+    }
+  }
+};
+
+// dk and dv of one block of keys of one key head, over all query heads of its group.
+template <bool BF16, int D, int M_TILES, int STEP_, bool ADD_DQ>
+struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
+  using Rows = RowsSm80<BF16, D, M_TILES, STEP_>;
+  using typename Rows::Accumulator;
+  using typename Rows::Fragment;
+  using typename Rows::Step;
+  using typename Rows::Sum;
+  using Rows::ROW;
+  using Rows::THREADS;
+  static constexpr int STEP = STEP_;
+  static constexpr int BLOCKS = 2;
+  static constexpr int BLOCK = Rows::BLOCK;
+
+  // K and V of the block; two stages of q, dO, shift, delta; dS^T of a step, where dq is added here.
+  static constexpr int STATISTICS = 2 * STEP * ROW;  // within a stage
+  static constexpr int STAGE = STATISTICS + 2 * STEP * 4;
+  static constexpr int STAGES = 2;
+  static constexpr int STAGE_OFFSET = 2 * BLOCK * ROW;
+  static constexpr int SLOPE_ROW = 2 * STEP + 16;
+  static constexpr int SLOPE_OFFSET = STAGE_OFFSET + STAGES * STAGE;
+  static constexpr int SMEM = SLOPE_OFFSET + (ADD_DQ ? BLOCK * SLOPE_ROW : 0);
+  static_assert(2 * STEP <= THREADS && STAGE % 16 == 0 && (SLOPE_ROW / 16) % 2 == 1);
+
+  // For dq the warps share a step's STEP rows and, where those are fewer than 64, the columns.
+  static constexpr int DQ_ROW_WARPS = STEP / 16;
+  static constexpr int DQ_COLUMN_WARPS = Rows::WARPS / DQ_ROW_WARPS;
+  static constexpr int DQ_PAIRS = (D / 16 + DQ_COLUMN_WARPS - 1) / DQ_COLUMN_WARPS;  // of 16 columns
+
+  // Which queries a step takes: of query head `head`, rows first.. of the tile.
+  struct Queries {
+    int head, first;
+
+    DEV Queries(const VarlenAttention& p, const Tile& tile, int step) {
+      const int steps = (tile.rows + STEP - 1) / STEP;
+      head = tile.head * (p.H / p.Hk) + step / steps;
+      first = step % steps * STEP;
+    }
+  };
+
+  // Starts a step's copies. Returns what this thread will put among the statistics: they come by registers, since their
+  // addresses are multiples of 4 bytes only. Rows past the end have q = dO = 0 and any finite statistics, so they add nothing.
+  static DEV float load_step(const VarlenAttentionBackward& args, const Tile& tile, int step, uint32_t stage) {
+    const VarlenAttention& p = args.problem;
+    const Queries queries(p, tile, step);
+    const int64_t first = static_cast<int64_t>(tile.q_row) + queries.first;
+    const int valid = tile.rows - queries.first;
+    Rows::template load_rows<STEP>(stage, p.q, first, p.q_stride_t, queries.head * p.q_stride_h, valid);
+    Rows::template load_rows<STEP>(stage + STEP * ROW, args.grad, first, args.grad_stride_t, queries.head * args.grad_stride_h,
+                                   valid);
+    copy_async_commit();
+    const int thread = not_foreseen(thread_index()), row = thread % STEP;
+    if (thread >= 2 * STEP || row >= valid) return 0.0f;
+    return (thread < STEP ? args.shift : args.delta)[static_cast<int64_t>(queries.head) * p.T + first + row];
+  }
+
+  // Scores [keys, queries] to weights. Rows past the block's keys need none where each row's sums are its own; dq adds over the
+  // keys, and there an infinite weight would meet k = 0.
+  static DEV void weights(Step& s, const VarlenAttention& p, const Tile& tile, int first, uint32_t stage) {
+    const int thread = not_foreseen(thread_index()), lane = thread % 32;
+    const float scale_log2 = p.scale * 1.44269504088896341f;
+    // Key j is seen by query i where j <= i + diagonal; a step whose first query sees the whole block needs no mask.
+    const bool masked = (p.causal && first + tile.diagonal < BLOCK - 1) || (ADD_DQ && tile.keys < BLOCK);
+#pragma unroll
+    for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = n * 8 + lane % 4 * 2 + e;
+        const float shift = load_shared_float(stage + STATISTICS + column * 4);
+        const int last = p.causal ? Rows::min_of(first + column + tile.diagonal, tile.keys - 1) : tile.keys - 1;
+        const int end = last - thread / 32 * 16 * M_TILES - lane / 4;
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& x = s[i][n][2 * half + e];
+            x = exp2_fast(fmaf(x, scale_log2, -shift));
+            if (masked && i * 16 + half * 8 > end) x = 0.0f;
+          }
+        }
+      }
+    }
+  }
+
+  // dP to dS.
+  static DEV void slopes(Step& x, const Step& weight, uint32_t stage) {
+    const int lane = not_foreseen(thread_index()) % 32;
+#pragma unroll
+    for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float delta = load_shared_float(stage + STATISTICS + (STEP + n * 8 + lane % 4 * 2 + e) * 4);
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            x[i][n][2 * half + e] = weight[i][n][2 * half + e] * (x[i][n][2 * half + e] - delta);
+          }
+        }
+      }
+    }
+  }
+
+  static DEV void share_slopes(const Step& x, uint32_t to) {
+    const int thread = not_foreseen(thread_index()), lane = thread % 32;
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (thread / 32 * M_TILES + i) * 16 + half * 8 + lane / 4;
+#pragma unroll
+        for (int n = 0; n < Rows::STEP_TILES; ++n) {
+          store_shared(to + row * SLOPE_ROW + n * 16 + lane % 4 * 4, pack<BF16>(x[i][n][2 * half], x[i][n][2 * half + 1]));
+        }
+      }
+    }
+  }
+
+  // dq_sum += scale dS k for the step's queries. Keys past the block's end have k = 0 and finite dS.
+  static DEV void add_dq(const VarlenAttentionBackward& args, const Tile& tile, int step, uint32_t slope, uint32_t keys) {
+    const VarlenAttention& p = args.problem;
+    const int thread = not_foreseen(thread_index()), lane = thread % 32, warp = thread / 32;
+    const int row = warp % DQ_ROW_WARPS * 16, pair = warp / DQ_ROW_WARPS * DQ_PAIRS;
+    const uint32_t left_address = slope + (lane / 16 * 8 + lane % 8) * SLOPE_ROW + (row + lane / 8 % 2 * 8) * 2;
+    const uint32_t right_address = keys + lane % 16 * ROW + lane / 16 * 16 + pair * 32;
+    Accumulator sum[2 * DQ_PAIRS] = {};
+#pragma unroll
+    for (int k = 0; k < BLOCK / 16; ++k) {
+      Fragment left;
+      load_matrices_transposed(left, left_address + k * 16 * SLOPE_ROW);
+#pragma unroll
+      for (int n = 0; n < DQ_PAIRS; ++n) {
+        if (pair + n >= D / 16) continue;
+        Fragment right;
+        load_matrices_transposed(right, right_address + k * 16 * ROW + n * 32);
+        mma_16x8x16<BF16>(sum[2 * n], left, right[0], right[1]);
+        mma_16x8x16<BF16>(sum[2 * n + 1], left, right[2], right[3]);
+      }
+    }
+    const Queries queries(p, tile, step);
+    const int first = queries.first + row + lane / 4;
+    float* target = args.dq_sum + ((static_cast<int64_t>(tile.q_row) + first) * p.H + queries.head) * D + pair * 16 + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (first + half * 8 >= tile.rows) continue;
+#pragma unroll
+      for (int n = 0; n < 2 * DQ_PAIRS; ++n) {
+        if (pair + n / 2 >= D / 16) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) add_global(target + half * 8 * p.H * D + n * 8 + e, sum[n][2 * half + e] * p.scale);
+      }
+    }
+  }
+
+  static DEV void run(const VarlenAttentionBackward& args) {
+    const uint32_t memory = shared_memory();
+    for (int index = block_index(); index < args.key_tile_count; index += block_count()) {
+      if (args.key_tiles[index].keys > 0) run_tile(args, index, memory);
+    }
+  }
+
+  static DEV void run_tile(const VarlenAttentionBackward& args, int index, uint32_t memory) {
+    const VarlenAttention& p = args.problem;
+    const Tile tile = args.key_tiles[index];
+    const uint32_t keys = memory, values = memory + BLOCK * ROW;
+    const int steps = (tile.rows + STEP - 1) / STEP * (p.H / p.Hk);
+    Sum dk, dv;
+    Rows::clear(dk);
+    Rows::clear(dv);
+
+    barrier();  // other warps may still write out the tile before this one
+    float statistic = 0.0f;
+    if (steps > 0) {
+      Rows::template load_rows<BLOCK>(keys, p.k, tile.k_row, p.k_stride_t, tile.head * p.k_stride_h, tile.keys);
+      Rows::template load_rows<BLOCK>(values, p.v, tile.k_row, p.v_stride_t, tile.head * p.v_stride_h, tile.keys);
+      statistic = load_step(args, tile, 0, memory + STAGE_OFFSET);
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const uint32_t stage = memory + STAGE_OFFSET + step % STAGES * STAGE;
+      if (thread_index() < 2 * STEP) store_shared(stage + STATISTICS + thread_index() * 4, statistic);
+      copy_async_wait<0>();
+      barrier();  // this step's rows are here for all, and nobody reads the last step's any more
+      if (step + 1 < steps) statistic = load_step(args, tile, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
+
+      Step weight, slope;
+      Rows::multiply(weight, keys, stage);
+      weights(weight, p, tile, Queries(p, tile, step).first, stage);
+      Rows::accumulate(dv, weight, stage + STEP * ROW);
+      Rows::multiply(slope, values, stage + STEP * ROW);
+      slopes(slope, weight, stage);
+      if constexpr (ADD_DQ) share_slopes(slope, memory + SLOPE_OFFSET);
+      Rows::accumulate(dk, slope, stage);
+      if constexpr (ADD_DQ) {
+        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it
+        add_dq(args, tile, step, memory + SLOPE_OFFSET, keys);
+      }
+    }
+    if constexpr (ADD_DQ) barrier();  // all warps are done with the keys, over which dk is written
+    const Tile end = args.key_tiles[not_foreseen(index)];
+    Rows::write(args.dk, end.k_row, args.dk_stride_t, end.head * args.dk_stride_h, end.keys, dk, p.scale, keys);
+    Rows::write(args.dv, end.k_row, args.dv_stride_t, end.head * args.dv_stride_h, end.keys, dv, 1.0f, values);
+  }
+};
+
+// dq of one block of queries of one head.
+template <bool BF16, int D, int M_TILES, int STEP_>
+struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
+  using Rows = RowsSm80<BF16, D, M_TILES, STEP_>;
+  using typename Rows::Step;
+  using typename Rows::Sum;
+  using Rows::ROW;
+  static constexpr int STEP = STEP_;
+  static constexpr int BLOCKS = 2;
+  static constexpr int BLOCK = Rows::BLOCK;
+
+  // q and dO of the block; two stages of K and V.
+  static constexpr int STAGE = 2 * STEP * ROW;
+  static constexpr int STAGES = 2;
+  static constexpr int STAGE_OFFSET = 2 * BLOCK * ROW;
+  static constexpr int SMEM = STAGE_OFFSET + STAGES * STAGE;
+
+  static DEV void load_step(const VarlenAttention& p, const Tile& tile, int step, uint32_t stage) {
+    const int head = tile.head / (p.H / p.Hk);
+    const int64_t first = static_cast<int64_t>(tile.k_row) + step * STEP;
+    const int valid = tile.keys - step * STEP;
+    Rows::template load_rows<STEP>(stage, p.k, first, p.k_stride_t, head * p.k_stride_h, valid);
+    Rows::template load_rows<STEP>(stage + STEP * ROW, p.v, first, p.v_stride_t, head * p.v_stride_h, valid);
+    copy_async_commit();
+  }
+
+  // dP to dS, from the scores. Keys that a row must not see have weight 0.
+  static DEV void slopes(Step& x, const Step& s, const VarlenAttention& p, const Tile& tile, int first,
+                         const float (&shift)[M_TILES][2], const float (&delta)[M_TILES][2]) {
+    const int thread = not_foreseen(thread_index()), lane = thread % 32;
+    const int warp_row = thread / 32 * 16 * M_TILES;
+    const float scale_log2 = p.scale * 1.44269504088896341f;
+    const bool masked = first + STEP > tile.keys || (p.causal && first + STEP > warp_row + tile.diagonal + 1);
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + i * 16 + half * 8 + lane / 4;
+        const int end = (p.causal ? Rows::min_of(tile.keys, row + tile.diagonal + 1) : tile.keys) - first - lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float weight = exp2_fast(fmaf(s[i][n][2 * half + e], scale_log2, -shift[i][half]));
+            if (masked && n * 8 + e >= end) weight = 0.0f;
+            float& slope = x[i][n][2 * half + e];
+            slope = weight * (slope - delta[i][half]);
+          }
+        }
+      }
+    }
+  }
+
+  static DEV void run(const VarlenAttentionBackward& args) {
+    const uint32_t memory = shared_memory();
+    for (int index = block_index(); index < args.problem.tile_count; index += block_count()) {
+      if (args.problem.tiles[index].rows > 0) run_tile(args, index, memory);
+    }
+  }
+
+  static DEV void run_tile(const VarlenAttentionBackward& args, int index, uint32_t memory) {
+    const VarlenAttention& p = args.problem;
+    const Tile tile = p.tiles[index];
+    const uint32_t queries = memory, grads = memory + BLOCK * ROW;
+    const int steps = (tile.keys + STEP - 1) / STEP;
+    Sum dq;
+    Rows::clear(dq);
+    float shift[M_TILES][2], delta[M_TILES][2];
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (thread_index() / 32 * M_TILES + i) * 16 + half * 8 + thread_index() % 32 / 4;
+        const int64_t place = static_cast<int64_t>(tile.head) * p.T + tile.q_row + row;
+        shift[i][half] = row < tile.rows ? args.shift[place] : 0.0f;
+        delta[i][half] = row < tile.rows ? args.delta[place] : 0.0f;
+      }
+    }
+
+    barrier();  // other warps may still write out the tile before this one
+    if (steps > 0) {
+      Rows::template load_rows<BLOCK>(queries, p.q, tile.q_row, p.q_stride_t, tile.head * p.q_stride_h, tile.rows);
+      Rows::template load_rows<BLOCK>(grads, args.grad, tile.q_row, args.grad_stride_t, tile.head * args.grad_stride_h,
+                                      tile.rows);
+      load_step(p, tile, 0, memory + STAGE_OFFSET);
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const uint32_t stage = memory + STAGE_OFFSET + step % STAGES * STAGE;
+      copy_async_wait<0>();
+      barrier();  // this step's rows are here for all, and nobody reads the last step's any more
+      if (step + 1 < steps) load_step(p, tile, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
+
+      Step s, slope;
+      Rows::multiply(s, queries, stage);
+      Rows::multiply(slope, grads, stage + STEP * ROW);
+      slopes(slope, s, p, tile, step * STEP, shift, delta);
+      Rows::accumulate(dq, slope, stage);
+    }
+    const Tile end = p.tiles[not_foreseen(index)];
+    Rows::write(args.dq, end.q_row, args.dq_stride_t, end.head * args.dq_stride_h, end.rows, dq, p.scale, queries);
+  }
+};
+
+// dq_sum, rounded, to dq.
+template <bool BF16, int D>
+struct RoundDq {
+  static constexpr int THREADS = 256;
+  static constexpr int BLOCKS = 4;
+  static constexpr int SMEM = 0;
+
+  static DEV void run(const VarlenAttentionBackward& args) {
+    const VarlenAttention& p = args.problem;
+    const int64_t count = static_cast<int64_t>(p.T) * p.H * (D / 8);
+    for (int64_t index = static_cast<int64_t>(block_index()) * THREADS + thread_index(); index < count;
+         index += static_cast<int64_t>(block_count()) * THREADS) {
+      const int64_t place = index / (D / 8), row = place / p.H, head = place % p.H;
+      const int column = static_cast<int>(index % (D / 8)) * 8;
+      const float* sum = args.dq_sum + place * D + column;
+      Words4 rounded;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rounded.word[i] = pack<BF16>(sum[2 * i], sum[2 * i + 1]);
+      char* target = static_cast<char*>(args.dq) + 2 * (row * args.dq_stride_t + head * args.dq_stride_h + column);
+      *reinterpret_cast<Words4*>(target) = rounded;
+    }
+  }
+};
+
+}  // namespace qwen2vl_fast
