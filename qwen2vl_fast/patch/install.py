@@ -256,6 +256,11 @@ class Installer:
             )  # fmt: skip
 
     def _whole(self, module: nn.Module, path: str) -> None:
+        if hasattr(type(module), model.ENCODE):
+            self._hook(
+                module, path, TARGETS[0], "one tower pass", model.encode_for_generation, method=model.ENCODE,
+                arguments=("model_kwargs",), output=self.release.tower_output,
+            )  # fmt: skip
         if self._leave("loss"):
             return
         from transformers.modeling_outputs import CausalLMOutputWithPast

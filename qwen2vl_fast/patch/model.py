@@ -1,4 +1,7 @@
-"""Qwen2VLModel of transformers: position ids at once, images and videos in one tower pass, visual tokens put in by index."""
+"""Qwen2VLModel of transformers: position ids at once, images and videos in one tower pass, visual tokens put in by index.
+
+Media come in pairs (of images, of videos), either of which can be None.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import torch
 from torch import nn
 
 from ..inputs import to_host
-from ..positions import mrope_position_ids
+from ..positions import check_grid, mrope_position_ids
 from .hooks import hook_of, original
 from .vision import several_ranks
 
-_PRECOMPUTED = ("image_", "video_")  # transformers 5.x: image_cu_seqlens, video_position_ids, ...: for one modality's own pass
-_GRIDS = ("image_grid_thw", "video_grid_thw")
+KINDS, PIXELS, GRIDS = ("image", "video"), ("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")
+ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
+_Pair = list[torch.Tensor | None]
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -25,67 +29,113 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if hook.active and reason:
             hook.part.fell_back(reason)
         return original(self, **kwargs)
-    media = [kwargs.pop(name, None) for name in ("pixel_values", "pixel_values_videos")]
+    encoded = kwargs.pop("mm_encoder_outputs", None)
+    pixels, grids = [kwargs.pop(name, None) for name in PIXELS], [kwargs.get(name) for name in GRIDS]
     input_ids = kwargs["input_ids"]
     embeds = self.get_input_embeddings()(input_ids)
-    if all(pixels is None for pixels in media):
-        if _others_wait(kwargs):
-            embeds = embeds + _no_media(self).to(embeds.device, embeds.dtype)
-    else:
+    if encoded:
         hook.part.ran()
-        embeds = _embed_media(self, embeds, input_ids, media, [kwargs.get(name) for name in _GRIDS])
+        outputs = [encoded.get(kind) for kind in KINDS]
+        features = [None if output is None else torch.cat(tuple(output["pooler_output"])) for output in outputs]
+        embeds = _put(self, embeds, input_ids, features, None)
+    elif any(x is not None for x in pixels):
+        hook.part.ran()
+        masks = _masks(self, input_ids)
+        grids, counts = _on_host(self, pixels, grids, masks)
+        embeds = _put(self, embeds, input_ids, _encode(self, pixels, grids), counts)
+    elif encoded is None and _others_wait(kwargs):
+        embeds = embeds + _no_media(self).to(embeds.device, embeds.dtype)
     return original(self, **{**kwargs, "inputs_embeds": embeds})
 
 
 def _unfit(kwargs: dict[str, Any]) -> str | None:
     """Why a call is the library's alone: "" where there is nothing to do, else a reason to report."""
+    pixels = any(kwargs.get(name) is not None for name in PIXELS)
     if kwargs.get("inputs_embeds") is not None or kwargs.get("input_ids") is None:
-        return "embeddings were given" if kwargs.get("pixel_values") is not None else ""
-    if kwargs.get("mm_encoder_outputs") is not None:
-        return "encoded media were given"
-    if any(name.startswith(_PRECOMPUTED) and name not in _GRIDS for name in kwargs):
+        return "embeddings were given" if pixels else ""
+    if pixels and kwargs.get("mm_encoder_outputs") is not None:
+        return ""  # which the class refuses
+    if _precomputed(kwargs):
         return "precomputed inputs of one modality were given"
     return None
 
 
-def _embed_media(
-    self: nn.Module,
-    embeds: torch.Tensor,
-    input_ids: torch.Tensor,
-    media: list[torch.Tensor | None],
-    grids: list[torch.Tensor | None],
-) -> torch.Tensor:
-    """embeds [B, S, E] with visual tokens in the places of their placeholders: images', then videos'."""
-    names = ("pixel_values", "pixel_values_videos")
-    for name, grid_name, pixels, grid in zip(names, _GRIDS, media, grids, strict=True):
-        if pixels is not None and grid is None:
-            raise ValueError(f"{grid_name}: expected [N, 3] grids with {name}, got None")
-    merge, tokens = self.visual.spatial_merge_size, (self.config.image_token_id, self.config.video_token_id)
-    masks = [input_ids == token for token in tokens]
-    counts = None
-    if any(grid is not None and grid.device.type != "cpu" for grid in grids):
-        counts = torch.stack([mask.sum() for mask in masks])  # they come along in the one copy that the grids need
-    elif input_ids.device.type == "cpu":
-        counts = torch.stack([mask.sum() for mask in masks])
+def _precomputed(kwargs: dict[str, Any]) -> bool:
+    """transformers 5.x: image_cu_seqlens, video_position_ids, ... for the own pass of a modality."""
+    return any(name.startswith(("image_", "video_")) and name not in GRIDS for name in kwargs)
+
+
+def _masks(self: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """[B, S] bool each: the placeholders of images, of videos."""
+    return [input_ids == token for token in (self.config.image_token_id, self.config.video_token_id)]
+
+
+def _on_host(self: nn.Module, pixels: _Pair, grids: _Pair, masks: list[torch.Tensor]) -> tuple[_Pair, torch.Tensor | None]:
+    """The grids on the host, and the numbers of placeholders where they cost no sync of their own."""
+    for pixel_name, grid_name, one, grid in zip(PIXELS, GRIDS, pixels, grids, strict=True):
+        if one is not None and grid is None:
+            raise ValueError(f"{grid_name}: expected [N, 3] grids with {pixel_name}, got None")
+    copied = any(grid is not None and grid.device.type != "cpu" for grid in grids)
+    counts = torch.stack([mask.sum() for mask in masks]) if copied or masks[0].device.type == "cpu" else None
     *grids, counts = to_host(*grids, counts)
-    wanted = [0 if pixels is None else int(grid.prod(1).sum()) // merge**2 for pixels, grid in zip(media, grids, strict=True)]
-    for kind, pixels, mask, number, count in zip(
-        ("image", "video"), media, masks, wanted, (None, None) if counts is None else counts.tolist(), strict=True
-    ):
-        if pixels is not None and count is not None and count != number:
-            raise ValueError(f"input_ids: expected {number} {kind} placeholders by {kind}_grid_thw, got {count}")
-        if pixels is not None and count is None:
-            torch._assert_async(mask.sum() == number)
-    dtype, present = self.visual.dtype, [i for i in range(2) if media[i] is not None]
-    device = media[present[0]].device
-    pixels = [media[i].to(device, dtype) for i in present]
-    pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-    features = self.visual(pixels, grid_thw=torch.cat([grids[i] for i in present]))
+    return grids, counts
+
+
+def _encode(self: nn.Module, pixels: _Pair, grids: _Pair) -> _Pair:
+    """Images and videos through the tower together: [M, E] visual tokens of each."""
+    present = [i for i in range(2) if pixels[i] is not None]
+    device, merge = pixels[present[0]].device, self.visual.spatial_merge_size
+    rows = [pixels[i].to(device, self.visual.dtype) for i in present]
+    checked = [check_grid(grids[i], merge) for i in present]
+    features = self.visual(rows[0] if len(rows) == 1 else torch.cat(rows), grid_thw=torch.cat(checked))
     features = getattr(features, "pooler_output", features)
-    where = [torch.nonzero_static(masks[i].flatten(), size=wanted[i]).squeeze(1) for i in present]
-    where = torch.cat(where).to(embeds.device)
-    rows = embeds.flatten(0, 1).index_copy(0, where, features.to(embeds.device, embeds.dtype))
-    return rows.view_as(embeds)
+    parts = iter(features.split([int(grid.prod(1).sum()) // merge**2 for grid in checked]))
+    return [next(parts) if i in present else None for i in range(2)]
+
+
+def _put(
+    self: nn.Module, embeds: torch.Tensor, input_ids: torch.Tensor, features: _Pair, counts: torch.Tensor | None
+) -> torch.Tensor:
+    """embeds [B, S, E] with visual tokens in the places of their placeholders.
+
+    counts: [2] numbers of placeholders on the host, or None where reading them would wait for the device.
+    """
+    masks = _masks(self, input_ids)
+    if counts is None and input_ids.device.type == "cpu":
+        counts = torch.stack([mask.sum() for mask in masks])
+    where, rows = [], []
+    for index, (kind, mask, x) in enumerate(zip(KINDS, masks, features, strict=True)):
+        if x is None:
+            continue
+        if counts is None:
+            torch._assert_async(mask.sum() == x.shape[0])
+        elif int(counts[index]) != x.shape[0]:
+            count = int(counts[index])
+            raise ValueError(f"input_ids: expected {x.shape[0]} {kind} placeholders by {kind}_grid_thw, got {count}")
+        where.append(torch.nonzero_static(mask.flatten(), size=x.shape[0]).squeeze(1).to(embeds.device))
+        rows.append(x.to(embeds.device, embeds.dtype))
+    return embeds.flatten(0, 1).index_copy(0, torch.cat(where), torch.cat(rows)).view_as(embeds)
+
+
+def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """generate of transformers 5.x encodes media before the prefill, images and videos apart: here they go together."""
+    hook, inner = hook_of(self, ENCODE), self.model
+    pixels, grids = ([model_kwargs.get(name) for name in names] for names in (PIXELS, GRIDS))
+    if hook.active and all(x is None for x in pixels) and not model_kwargs.get("mm_encoder_outputs") and several_ranks():
+        _no_media(inner)
+    both = all(x is not None for x in (*pixels, *grids))
+    if not hook.active or not both or model_kwargs.get("mm_encoder_outputs") or _precomputed(model_kwargs):
+        return getattr(type(self), ENCODE)(self, model_kwargs)
+    hook.part.ran()
+    grids = to_host(*grids)
+    outputs = {}
+    for kind, grid, features in zip(KINDS, grids, _encode(inner, pixels, grids), strict=True):
+        sizes = (grid.prod(1) // inner.visual.spatial_merge_size**2).tolist()
+        outputs[kind] = hook["output"](pooler_output=features.split(sizes))
+    for name in (*PIXELS, *GRIDS):
+        model_kwargs.pop(name)
+    model_kwargs["mm_encoder_outputs"] = outputs
+    return model_kwargs
 
 
 def _others_wait(kwargs: dict[str, Any]) -> bool:
@@ -113,7 +163,7 @@ def get_rope_index(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Te
     hook = hook_of(self, "get_rope_index")
     given = hook.bind(args, kwargs)
     input_ids, mask = given.get("input_ids"), given.get("attention_mask")
-    grids = {name: given.get(name) for name in _GRIDS}
+    grids = {name: given.get(name) for name in GRIDS}
     unfit = input_ids is None or all(grid is None for grid in grids.values())
     if not hook.active or unfit or mask is not None and mask.shape != input_ids.shape:
         return type(self).get_rope_index(self, *args, **kwargs)
