@@ -59,13 +59,13 @@ def _headers(csrc: Path) -> list[Path]:
     return sorted([*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / "host").glob("*.h")])
 
 
-def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str]) -> list[Path]:
+def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str], folder: str) -> list[Path]:
     gcc = compiler()
 
     def build(unit: str) -> Path:
         # The runtime knows nothing of the kernels, and is not built again for an altered one.
         own = unit in RUNTIME
-        source = (CSRC if own else csrc) / "host" / f"{unit}.cpp"
+        source = CSRC / "host" / f"{unit}.cpp" if own else csrc.parent / folder / f"{unit}.cpp"
         headers = sorted((CSRC / "host").glob("*.h")) if own else _headers(csrc)
         return _output(f"{unit}.o", [source, *headers], [gcc, *flags, "-c", source])
 
@@ -73,15 +73,15 @@ def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str]) -> list[Pat
         return list(pool.map(build, units))
 
 
-def library(unit: str, csrc: Path = CSRC) -> Path:
-    """The shared library of csrc/host/<unit>.cpp."""
-    objects = _objects(csrc, [*RUNTIME, unit], FLAGS)
+def library(unit: str, csrc: Path = CSRC, folder: str = "csrc/host") -> Path:
+    """The shared library of <folder>/<unit>.cpp."""
+    objects = _objects(csrc, [*RUNTIME, unit], FLAGS, folder)
     return _output(f"{unit}.so", objects, [compiler(), "-shared", *objects])
 
 
 def program(units: Sequence[str], csrc: Path = CSRC) -> Path:
     """The program of these units with the address and undefined-behaviour sanitizers."""
-    objects = _objects(csrc, [*RUNTIME, *units], (*FLAGS, *SANITIZED))
+    objects = _objects(csrc, [*RUNTIME, *units], (*FLAGS, *SANITIZED), "csrc/host")
     return _output("program", objects, [compiler(), *SANITIZED, *objects])
 
 
