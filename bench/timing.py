@@ -83,13 +83,7 @@ def _events(run: Run) -> float:
 
 def _prepare(run: Run, calls: int | None, graph: bool) -> tuple[Run, int, str, str]:
     """(what to time, calls it makes, method, why it is not a graph). calls None: as many as fill WARM_SECONDS."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles and allocates outside the capture, on a stream like the capture's
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
+    warm_up(run)
     if calls is None:
         once = min(_events(run) for _ in range(3))
         calls = max(1, min(MAX_LAUNCHES, round(WARM_SECONDS / max(once, 1e-7))))
@@ -100,16 +94,32 @@ def _prepare(run: Run, calls: int | None, graph: bool) -> tuple[Run, int, str, s
 
     if not graph:
         return plain, calls, "events", ""
-    captured = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(captured):
-            plain()
-        captured.replay()
-        torch.cuda.synchronize()
+        return capture(plain), calls, "graph", ""
     except Exception as error:  # whatever a peer does under capture, its row tells it and it is timed plainly
         torch.cuda.synchronize()
         return plain, calls, "events", "no graph: " + " ".join(str(error).split())[:160]
-    return captured.replay, calls, "graph", ""
+
+
+def warm_up(run: Run) -> None:
+    """Compiles and allocates outside a capture, on a stream like the capture's."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+
+
+def capture(run: Run) -> Run:
+    """The replay of a CUDA graph of one call of `run`, which has been warmed up."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def ceilings(device: str | None = None) -> dict[str, Any]:

@@ -1,73 +1,181 @@
-"""The vision tower at its real widths (depth 4) against transformers with sdpa: same weights, same process, interleaved.
+"""The vision tower against transformers with sdpa: same weights, same process, interleaved; and what each part of ours takes.
 
-qwen2vl-fast bench tower [--repeats 5] [--dtype float32] [--json] [--save]
+qwen2vl-fast bench tower [--cases a f ...] [--depth 32] [--dtype bfloat16] [--compiled] [--json] [--save]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from bench.timing import measure, parser, publish, say
+from bench.timing import capture, ceilings, measure, parser, publish, say, warm_up
+from qwen2vl_fast import ops
 from qwen2vl_fast.config import VisionConfig
 from qwen2vl_fast.vision import VisionTower
 from qwen2vl_fast.weights import share_parameters
 
-GRIDS = ((1, 16, 16), (1, 24, 32), (1, 22, 40), (1, 48, 64))  # 256, 768, 880 and 3072 patches
-DEPTH = 4
+SMALL = ((1, 16, 16), (1, 24, 32), (1, 22, 40), (1, 48, 64))  # 256, 768, 880 and 3072 patches
+CASES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "1": SMALL[:1], "2": SMALL[1:2], "3": SMALL[2:3], "4": SMALL[3:], "5": SMALL,
+    "a": ((1, 32, 32),),
+    "b": 4 * ((1, 32, 32),),
+    "c": 64 * ((1, 16, 16),),
+    "d": 4 * ((1, 64, 64),),
+    "e": ((1, 128, 128),),
+    "f": ((1, 72, 72), *3 * ((1, 36, 36),), *8 * ((1, 20, 32),), *16 * ((1, 16, 16),)),
+    "g": ((32, 28, 36),),
+}  # fmt: skip
+WIDTH, HEADS, MLP = 1280, 16, 5120
+THEIRS, OURS, GRAPH, COMPILED = (
+    "transformers sdpa",
+    "qwen2vl_fast",
+    "qwen2vl_fast in a CUDA graph",
+    "transformers sdpa compiled",
+)
 
 
-def towers(dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, VisionTower]:
+def towers(dtype: torch.dtype, device: str, depth: int) -> tuple[torch.nn.Module, VisionTower]:
     """transformers' tower and ours on the same weights."""
     torch.manual_seed(0)
     theirs = Qwen2VisionTransformerPretrainedModel._from_config(
-        Qwen2VLVisionConfig(depth=DEPTH, hidden_size=1536), attn_implementation="sdpa"
+        Qwen2VLVisionConfig(depth=depth, hidden_size=1536), attn_implementation="sdpa"
     )
     theirs = theirs.to(device, dtype).eval()
     with torch.device("meta"):
-        ours = VisionTower(VisionConfig(depth=DEPTH, embed_dim=1280, num_heads=16, hidden_size=1536))
+        ours = VisionTower(VisionConfig(depth=depth, embed_dim=WIDTH, num_heads=HEADS, hidden_size=1536))
     share_parameters(ours, theirs.named_parameters(), tied=False)
     return theirs, ours.eval()
 
 
-def race(options: argparse.Namespace, dtype: torch.dtype, device: str) -> list[dict]:
-    theirs, ours = towers(dtype, device)
+def in_a_graph(tower: VisionTower, pixels: torch.Tensor, grid: torch.Tensor) -> Callable[[], Any]:
+    """The tower's device work alone, replayed: what it takes when the host is not in the way."""
+    pack = tower.pack(grid, pixels.device)
+
+    def run() -> torch.Tensor:
+        x, branch = tower.patch_embed(pixels), None
+        for block in tower.blocks:
+            x, branch = block(x, branch, pack)
+        return tower.merger(x + branch)
+
+    warm_up(run)
+    return capture(run)
+
+
+def parts(tower: VisionTower, grid: torch.Tensor, dtype: torch.dtype, device: str, repeats: int) -> dict[str, dict[str, float]]:
+    """{part: seconds in the whole tower, and the floating-point operations and bytes that it can't do without}."""
+    tokens, depth = int(grid.prod(1).sum()), len(tower.blocks)
+    pack, block = tower.pack(grid, torch.device(device)), tower.blocks[0]
+    lengths = pack.schedule.lengths
+    size = torch.finfo(dtype).bits // 8
+    pixels = torch.randn(tokens, 1176, device=device, dtype=dtype)
+    x, branch = (torch.randn(tokens, WIDTH, device=device, dtype=dtype) for _ in range(2))
+    wide = torch.randn(tokens, MLP, device=device, dtype=dtype)
+    q, k, v = torch.randn(tokens, 3, HEADS, WIDTH // HEADS, device=device, dtype=dtype).unbind(1)
+    schedule, attn, mlp = pack.schedule, block.attn, block.mlp
+    runs = {
+        "patch embedding": (1, lambda: tower.patch_embed(pixels), 2 * tokens * 1176 * WIDTH, 0),
+        "qkv and projection": (
+            depth, lambda: (attn.qkv(x), attn.proj(x)), 2 * tokens * WIDTH * 4 * WIDTH, 0
+        ),
+        "MLP products": (depth, lambda: (mlp.fc1(x), mlp.fc2(wide)), 4 * tokens * WIDTH * MLP, 0),
+        "attention": (
+            depth, lambda: ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule),
+            4 * WIDTH * sum(n * n for n in lengths), 0,
+        ),
+        "rotation": (
+            depth, lambda: ops.vision_rope_(q, k, pack.position_ids, inv_freq=pack.inv_freq), 0, 4 * tokens * WIDTH * size
+        ),
+        "norms and residuals": (
+            depth, lambda: (block.norm1(x, branch), block.norm2(x, branch)), 0, 8 * tokens * WIDTH * size
+        ),
+        "QuickGELU": (depth, lambda: ops.quick_gelu(wide), 0, 2 * tokens * MLP * size),
+        "merger": (1, lambda: tower.merger(x), 2 * tokens // 4 * 5120 * (5120 + 1536), 0),
+    }  # fmt: skip
+    seconds = measure({name: run for name, (_, run, _, _) in runs.items()}, repeats=repeats, device=device)
+    return {
+        name: {"seconds": times * seconds[name]["median"], "flop": times * flop, "bytes": times * moved}
+        for name, (times, _, flop, moved) in runs.items()
+    }
+
+
+def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: dict[str, Any]) -> list[dict]:
+    theirs, ours = towers(dtype, device, options.depth)
+    compiled = torch.compile(theirs, dynamic=True) if options.compiled else None
     rows = []
-    with torch.inference_mode():
-        for grids in [*((grid,) for grid in GRIDS), GRIDS]:
-            grid = torch.tensor(grids)
-            pixels = torch.randn(int(grid.prod(1).sum()), 1176, device=device, dtype=dtype)
-            device_grid = grid.to(device)
-            expected = theirs(pixels, device_grid).pooler_output
-            error = float((ours(pixels, grid) - expected).norm() / expected.norm())
-            if error > (1e-4 if dtype == torch.float32 else 3e-2):
-                raise RuntimeError(f"the towers disagree: relative error {error:.1e} on {grids}")
-            seconds = measure(
-                {
-                    "transformers sdpa": lambda p=pixels, g=device_grid: theirs(p, g),
-                    "qwen2vl_fast": lambda p=pixels, g=grid: ours(p, g),
-                },
-                repeats=options.repeats,
-                device=device,
+    for case in options.cases:
+        grids = CASES[case]
+        grid = torch.tensor(grids)
+        pixels = torch.randn(int(grid.prod(1).sum()), 1176, device=device, dtype=dtype)
+        device_grid = grid.to(device)
+        expected, out = theirs(pixels, device_grid).pooler_output, ours(pixels, grid)
+        error = float((out - expected).norm() / expected.norm())
+        if not error < (1e-4 if dtype == torch.float32 else 3e-2):
+            raise RuntimeError(f"the towers disagree: relative error {error:.1e} on {grids}")
+        runs = {THEIRS: lambda p=pixels, g=device_grid: theirs(p, g), OURS: lambda p=pixels, g=grid: ours(p, g)}
+        if device == "cuda":
+            runs[GRAPH] = in_a_graph(ours, pixels, grid)
+        if compiled is not None:
+            runs[COMPILED] = lambda p=pixels, g=device_grid: compiled(p, g)
+        seconds = measure(runs, repeats=options.repeats, device=device, graph=False)
+        best = min(seconds[name]["median"] for name in (OURS, GRAPH) if name in seconds)
+        row = {
+            "case": case,
+            "grids": grids,
+            "dtype": str(dtype).removeprefix("torch."),
+            "depth": options.depth,
+            "error": error,
+            "seconds": seconds,
+            "speedup": seconds[THEIRS]["median"] / seconds[OURS]["median"],
+        }
+        if device == "cuda":
+            row["parts"] = parts(ours, grid, dtype, device, options.repeats)
+            floor = sum(
+                max(part["flop"] / ceiling["matmul_flops"], part["bytes"] / ceiling["copy_bytes_per_s"])
+                for part in row["parts"].values()
             )
-            ratio = seconds["transformers sdpa"]["median"] / seconds["qwen2vl_fast"]["median"]
-            rows.append({"grids": grids, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds, "speedup": ratio})
-            patches = " + ".join(str(h * w * t) for t, h, w in grids)
-            times = ", ".join(f"{name} {value['median'] * 1e3:.0f} ms" for name, value in seconds.items())
-            say(options, f"{patches} patches: {times}, {ratio:.2f}x (relative error {error:.1e})")
+            row |= {"floor_seconds": floor, "share_of_floor": floor / best}
+        rows.append(row)
+        tell(options, row)
     return rows
 
 
+def describe(grids: tuple[tuple[int, int, int], ...]) -> str:
+    """'1024 + 3 x 256': patches of each image or frame pair."""
+    counts: dict[int, int] = {}
+    for t, h, w in grids:
+        counts[h * w] = counts.get(h * w, 0) + t
+    return " + ".join(f"{count} x {patches}" if count > 1 else str(patches) for patches, count in counts.items())
+
+
+def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    say(options, f"({row['case']}) {describe(row['grids'])} patches, relative error {row['error']:.1e}, {row['speedup']:.2f}x")
+    for name, value in row["seconds"].items():
+        say(options, f"  {name:<30} {value['median'] * 1e3:9.3f} ms")
+    for name, part in row.get("parts", {}).items():
+        say(options, f"    {name:<28} {part['seconds'] * 1e3:9.3f} ms")
+    if "floor_seconds" in row:
+        say(options, f"  floor {row['floor_seconds'] * 1e3:.3f} ms, reached {100 * row['share_of_floor']:.0f} %")
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser("tower", __doc__, repeats=5)
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    cuda = torch.cuda.is_available()
+    arguments = parser("tower", __doc__, repeats=10 if cuda else 5)
+    arguments.add_argument("--cases", nargs="*", choices=tuple(CASES), help="default: a to g, on the CPU 1 to 5")
+    arguments.add_argument("--depth", type=int, default=32 if cuda else 4, help="blocks (default: 32, on the CPU 4)")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    arguments.add_argument("--compiled", action="store_true", help="also transformers under torch.compile, which takes minutes")
     options = arguments.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = race(options, getattr(torch, options.dtype), device)
-    publish(f"tower_{device}_{options.dtype}", options, rows)
+    options.cases = options.cases or list("abcdefg" if cuda else "12345")
+    device = "cuda" if cuda else "cpu"
+    ceiling = ceilings()
+    with torch.inference_mode():
+        rows = race(options, getattr(torch, options.dtype), device, ceiling)
+    publish(f"tower_{device}_{options.dtype}", options, rows, ceilings=ceiling)
 
 
 if __name__ == "__main__":
