@@ -36,6 +36,7 @@ RMS = 1.25
 RMS_COUNT, FEW = 2048, 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
+LSE = 1e-4
 # Relative errors against transformers in float64, as it is released and with its float32 casts lifted (QUALITY.md).
 PARITY = {"released": 1e-6, "lifted": 1e-10}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,6 +97,13 @@ def check(
     if rms and out.dtype != torch.float64 and out.numel() >= RMS_COUNT:
         mean, *allowed = (x.square().mean().sqrt().item() for x in (errors, *peer_errors))
         assert mean <= RMS * max(allowed), f"{name}: rms error {mean:.4g}, allowed {RMS} x {max(allowed):.4g}"
+
+
+def check_lse(out: Tensor, ref: Tensor, name: str = "lse") -> None:
+    """The log-sum-exp of an attention kernel, float32: within LSE of the definition in float64, -inf exactly where it is."""
+    assert torch.equal(out == -torch.inf, ref == -torch.inf), f"{name}: -inf in other rows than in the definition"
+    worst = error(out, ref).max().item() if out.numel() else 0.0
+    assert worst <= LSE, f"{name}: log-sum-exp {worst:.3g} from the definition, allowed {LSE}"
 
 
 def check_definition(value: Tensor, truth: Tensor, name: str = "definition") -> None:
