@@ -103,12 +103,13 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 def relative_error(case: Case, outputs: Sequence[Tensor]) -> float:
     """The largest over the outputs of |out - ref| / |ref| in the Euclidean norm."""
+    outputs = [x.detach() for x in outputs]
     plain = len(outputs) - case.sums
     wrong, size = [0.0] * plain, [0.0] * plain
     totals: list[Any] = [0.0] * case.sums
     for start in range(0, case.tokens, CHECKED):
         rows = slice(start, min(start + CHECKED, case.tokens))
-        found = _tuple(case.definition(rows))
+        found = [x.detach() for x in _tuple(case.definition(rows))]
         if len(found) != len(outputs):
             raise ValueError(f"{case.name}: {len(outputs)} outputs, the definition has {len(found)}")
         for i, ref in enumerate(found[:plain]):

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import offset, wide
+from . import sums
+from .offsets import blocks_of, offset, wide
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
 CHUNKS = 128  # of the rows in a backward pass with a bias: each leaves one row of partial sums
@@ -123,9 +124,9 @@ def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.
     rows, width = x.shape
     if rows:
         with torch.cuda.device_of(x):
-            _activation_kernel[_grid(triton.cdiv(rows, BLOCK_T), width)](
+            _activation_kernel[_grid(blocks_of(rows, BLOCK_T), width)](
                 x, x if bias is None else bias, y, rows, x.stride(0),
-                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_META,
+                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_meta(),
             )  # fmt: skip
     return y
 
@@ -137,19 +138,22 @@ def launch_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad, x = _rows(grad), _rows(x)
     rows, width = x.shape
-    per_chunk = BLOCK_T * (1 if bias is None else max(4, triton.cdiv(rows, BLOCK_T * CHUNKS)))
-    chunks = triton.cdiv(rows, per_chunk)
-    partial = None
+    per_chunk = BLOCK_T * (1 if bias is None else max(4, blocks_of(rows, BLOCK_T * CHUNKS)))
+    chunks = blocks_of(rows, per_chunk)
+    grad_bias = partial = None
     if bias is not None:
-        partial = torch.empty((chunks, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+        partial = torch.empty((chunks, 1, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if rows:
         with torch.cuda.device_of(x):
             _activation_backward_kernel[_grid(chunks, width)](
                 grad, x, x if bias is None else bias, grad_x, x if partial is None else partial,
                 rows, per_chunk, grad.stride(0), x.stride(0),
-                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_META,
+                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_meta(),
             )  # fmt: skip
-    return grad_x, None if partial is None else partial.sum(0).to(x.dtype)
+    if partial is not None:
+        sums.launch(partial, [grad_bias])
+    return grad_x, grad_bias
 
 
 def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -159,7 +163,7 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     x = _rows(gate_up)
     if x.shape[0]:
         with torch.cuda.device_of(x):
-            _swiglu_kernel[_grid(triton.cdiv(x.shape[0], BLOCK_T), width)](x, y, x.shape[0], x.stride(0), F=width, **_META)
+            _swiglu_kernel[_grid(blocks_of(x.shape[0], BLOCK_T), width)](x, y, x.shape[0], x.stride(0), F=width, **_meta())
     return y
 
 
@@ -169,17 +173,18 @@ def launch_swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     grad, x = _rows(grad), _rows(gate_up)
     if x.shape[0]:
         with torch.cuda.device_of(x):
-            _swiglu_backward_kernel[_grid(triton.cdiv(x.shape[0], BLOCK_T), grad.shape[1])](
-                grad, x, grad_x, x.shape[0], grad.stride(0), x.stride(0), F=grad.shape[1], **_META
+            _swiglu_backward_kernel[_grid(blocks_of(x.shape[0], BLOCK_T), grad.shape[1])](
+                grad, x, grad_x, x.shape[0], grad.stride(0), x.stride(0), F=grad.shape[1], **_meta()
             )
     return grad_x
 
 
-_META = {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
+def _meta() -> dict[str, int]:
+    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
 
 
 def _grid(row_blocks: int, width: int) -> tuple[int]:
-    return (row_blocks * triton.cdiv(width, BLOCK_F),)
+    return (row_blocks * blocks_of(width, BLOCK_F),)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

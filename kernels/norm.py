@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import offset, wide
+from . import sums
+from .offsets import blocks_of, offset, power_of_two, wide
 
-TILE = 4096  # elements a program, when rows are shorter: 16 a thread
+TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and elements a warp: 16 a thread
+BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 4096, 512, 2  # stages: tiles under way while one is worked on
 PROGRAMS = 512  # of a backward pass on many rows: each leaves one row of partial sums
 ROWS = 4  # tiles at least that share one row of partial sums
 MAX_WIDTH = 65536
@@ -54,18 +56,18 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def _norm_backward_kernel(
-    grad_ptr, grad_total_ptr, x_ptr, weight_ptr, row_ptr, grad_x_ptr, grad_weight_ptr, grad_bias_ptr,
+    grad_ptr, grad_total_ptr, x_ptr, weight_ptr, row_ptr, grad_x_ptr, partial_ptr,
     T, rows, stride_x_t,
     C: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `rows` rows, and their share of the gradients of weight and bias, [programs, C]."""
+    """Gradients of `rows` rows, and their share of the gradients of weight and bias, [programs, 1 or 2, C]."""
     program = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     weight = wide(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
     grad_weight = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
     grad_bias = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
-    for first in range(0, rows, BLOCK_T):
+    for first in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         t = program * rows + first + tl.arange(0, BLOCK_T)
         mask = (t < T)[:, None] & (c < C)[None, :]
         source = t
@@ -73,30 +75,36 @@ def _norm_backward_kernel(
             source = tl.load(row_ptr + t, mask=t < T, other=0)
         x = wide(tl.load(x_ptr + (offset(source, stride_x_t)[:, None] + c[None, :]), mask=mask, other=0.0))
         grad = wide(tl.load(grad_ptr + (offset(t, C)[:, None] + c[None, :]), mask=mask, other=0.0))
-        unit, scale = _unit_rows(x, mask, C, EPS, IS_LAYER)
-        grad_weight += grad * unit
         weighted = grad * weight
-        grad_x = weighted - unit * (tl.sum(weighted * unit, 1) / C)[:, None]
+        if IS_LAYER:  # two rounds of sums over a row, each of sums that do not wait for one another
+            mean, mean_weighted = tl.sum(x, 1) / C, tl.sum(weighted, 1) / C
+            x = tl.where(mask, x - mean[:, None], 0.0)
+        square, along = tl.sum(x * x, 1) / C, tl.sum(weighted * x, 1) / C
+        scale = tl.rsqrt(square + EPS)
+        unit = x * scale[:, None]
+        grad_x = weighted - unit * (along * scale)[:, None]
         if IS_LAYER:
             grad_bias += grad
-            grad_x = grad_x - (tl.sum(weighted, 1) / C)[:, None]
+            grad_x = grad_x - mean_weighted[:, None]
+        grad_weight += grad * unit
         grad_x = grad_x * scale[:, None]
         target = offset(source, C)[:, None] + c[None, :]
         if HAS_TOTAL:
             grad_x = grad_x + wide(tl.load(grad_total_ptr + target, mask=mask, other=0.0))
         tl.store(grad_x_ptr + target, grad_x, mask=mask)
-    share = offset(program, C) + c
-    tl.store(grad_weight_ptr + share, tl.sum(grad_weight, 0), mask=c < C)
+    share = offset(program, C * (1 + IS_LAYER)) + c
+    tl.store(partial_ptr + share, tl.sum(grad_weight, 0), mask=c < C)
     if IS_LAYER:
-        tl.store(grad_bias_ptr + share, tl.sum(grad_bias, 0), mask=c < C)
+        tl.store(partial_ptr + C + share, tl.sum(grad_bias, 0), mask=c < C)
 
 
-def tile(width: int) -> tuple[int, int, int]:
+def tile(width: int, elements: int, per_warp: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program. By the width alone, so that a row has the same bits in every pack."""
     if width > MAX_WIDTH:
         raise ValueError(f"width: expected at most {MAX_WIDTH} for the triton backend, got {width}; use backend='torch'")
-    columns = triton.next_power_of_2(width)
-    return max(1, min(TILE // columns, 16)), columns, min(max(columns // 256, 8), 32)
+    columns = power_of_two(width)
+    rows = max(1, min(elements // columns, 16))
+    return rows, columns, max(1, min(rows * columns // per_warp, 32))
 
 
 def launch(
@@ -118,9 +126,9 @@ def launch(
     residual = x if residual is None else _rows(residual)
     count, width = x.shape
     if count:
-        block_t, block_c, warps = tile(width)
+        block_t, block_c, warps = tile(width, TILE, PER_WARP)
         with torch.cuda.device_of(x):
-            _norm_kernel[(triton.cdiv(count, block_t),)](
+            _norm_kernel[(blocks_of(count, block_t),)](
                 x, residual, weight, weight if bias is None else bias, x if rows is None else rows,
                 y, y if total is None else total,
                 count, x.stride(0), residual.stride(0),
@@ -147,23 +155,23 @@ def launch_backward(
     grad_total = grad_total.contiguous() if has_total else grad
     x = _rows(x)
     count, width = x.shape
-    block_t, block_c, warps = tile(width)
+    block_t, block_c, warps = tile(width, BACKWARD_TILE, BACKWARD_PER_WARP)
     # Each program takes the same number of rows whatever the device, so that sums over them are the same everywhere.
-    per_program = block_t * max(ROWS, triton.cdiv(count, block_t * PROGRAMS))
-    programs = triton.cdiv(count, per_program)
+    per_program = block_t * max(ROWS, blocks_of(count, block_t * PROGRAMS))
+    programs = blocks_of(count, per_program)
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in (weight, bias) if p is not None]
     compute = torch.promote_types(x.dtype, torch.float32)
-    partial_weight = torch.empty((programs, width), dtype=compute, device=x.device)
-    partial_bias = partial_weight if bias is None else torch.empty_like(partial_weight)
+    partial = torch.empty((programs, len(grads), width), dtype=compute, device=x.device)
     if count:
         with torch.cuda.device_of(x):
             _norm_backward_kernel[(programs,)](
-                grad, grad_total, x, weight, x if rows is None else rows, grad_x, partial_weight, partial_bias,
+                grad, grad_total, x, weight, x if rows is None else rows, grad_x, partial,
                 count, per_program, x.stride(0),
                 C=width, EPS=eps, IS_LAYER=bias is not None, HAS_TOTAL=has_total, HAS_ROWS=rows is not None,
-                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+                BLOCK_T=block_t, BLOCK_C=block_c, STAGES=BACKWARD_STAGES, num_warps=warps,
             )  # fmt: skip
-    grad_bias = None if bias is None else partial_bias.sum(0).to(x.dtype)
-    return grad_x, partial_weight.sum(0).to(x.dtype), grad_bias
+    sums.launch(partial, grads)
+    return grad_x, grads[0], None if bias is None else grads[1]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

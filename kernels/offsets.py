@@ -1,4 +1,7 @@
-"""The one place where an index becomes an address."""
+"""The one place where an index becomes an address, and the integer helpers of launchers.
+
+Not triton.cdiv and next_power_of_2: those are wrapped for use inside kernels, at several microseconds a call.
+"""
 
 import triton
 import triton.language as tl
@@ -14,3 +17,13 @@ def offset(index, stride):
 def wide(x):
     """x in the type that is computed in: float32, float64 for float64."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+def blocks_of(count: int, block: int) -> int:
+    """How many blocks cover count."""
+    return -(-count // block)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import offset
+from .offsets import blocks_of, offset
 
 BLOCK_T, BLOCK_E, NUM_WARPS = 16, 128, 4  # 1176 = 9.2 blocks of 128 columns: 8 % of the lanes idle, against 43 % with 2048
 
@@ -56,7 +56,7 @@ def launch(
     out = torch.empty((rows, 1176), dtype=dtype, device=frames.device)
     if rows:
         with torch.cuda.device_of(frames):
-            _patchify_kernel[(triton.cdiv(rows, BLOCK_T),)](
+            _patchify_kernel[(blocks_of(rows, BLOCK_T),)](
                 frames, out, rows, frames.shape[1], frames.shape[2], *scale, *shift,
                 BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS,
             )  # fmt: skip

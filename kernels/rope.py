@@ -11,11 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import offset, wide
+from .offsets import blocks_of, offset, power_of_two, wide
 
-BLOCK_T = 8  # tokens a program: 8 lanes of 16 bytes hold half a head of 128 in fp16, so two warps hold 8 tokens
-NUM_WARPS = 2
-MAX_BLOCK_H = 4  # heads loaded before the first is stored: 8 loads of 16 bytes a thread are under way at a time
+BLOCK_T, BLOCK_H, NUM_WARPS = 8, 4, 2  # 8 loads of 16 bytes a thread are under way at a time
+FILL = 2048  # programs that keep every multiprocessor busy: below, a token's heads are shared among programs
 
 
 @triton.jit
@@ -49,25 +48,24 @@ def sincos(angle):
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, out_ptr, row, row_out, stride_h, stride_out_h, cos, sin, mask,
-    N_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    x_ptr, out_ptr, row, row_out, first, stride_h, stride_out_h, cos, sin, mask,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotates all heads of the tokens that start at row [BLOCK_T]. Both halves are read before either is written."""
+    """Rotates BLOCK_H heads of the tokens that start at row [BLOCK_T]. Both halves are read before either is written."""
     pair = tl.arange(0, BLOCK_HALF)[None, None, :]
-    for first in range(0, N_HEADS, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)[:, None, None]
-        x = x_ptr + (row[None, :, None] + offset(head, stride_h) + pair)
-        out = out_ptr + (row_out[None, :, None] + offset(head, stride_out_h) + pair)
-        a = wide(tl.load(x, mask=mask, other=0.0))
-        b = wide(tl.load(x + HALF, mask=mask, other=0.0))
-        tl.store(out, a * cos - b * sin, mask=mask)
-        tl.store(out + HALF, b * cos + a * sin, mask=mask)
+    head = first + tl.arange(0, BLOCK_H)[:, None, None]
+    x = x_ptr + (row[None, :, None] + offset(head, stride_h) + pair)
+    out = out_ptr + (row_out[None, :, None] + offset(head, stride_out_h) + pair)
+    a = wide(tl.load(x, mask=mask, other=0.0))
+    b = wide(tl.load(x + HALF, mask=mask, other=0.0))
+    tl.store(out, a * cos - b * sin, mask=mask)
+    tl.store(out + HALF, b * cos + a * sin, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "S", "stride_p_a", "stride_p_b", "stride_p_s"])
+@triton.jit(do_not_specialize=["T", "S", "share", "stride_p_a", "stride_p_b", "stride_p_s"])
 def _rope_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, position_ptr, inv_freq_ptr,
-    T, S,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, position_ptr, table_ptr,
+    T, S, share,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_qo_b, stride_qo_s, stride_qo_h, stride_ko_b, stride_ko_s, stride_ko_h,
     stride_p_a, stride_p_b, stride_p_s, scaling,
@@ -75,33 +73,48 @@ def _rope_kernel(
     END_0: tl.constexpr, END_1: tl.constexpr, PERIOD: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """A program turns `share` groups of heads, q's before k's, of BLOCK_T tokens."""
+    groups_q: tl.constexpr = H // BLOCK_H
+    groups: tl.constexpr = groups_q + HK // BLOCK_HK
+    programs = tl.cdiv(groups, share)  # of these tokens
+    t = tl.program_id(0) // programs * BLOCK_T + tl.arange(0, BLOCK_T)
     pair = tl.arange(0, BLOCK_HALF)
+    compute: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     b, s = t // S, t % S
-    p_ptr = position_ptr + (offset(b, stride_p_b) + offset(s, stride_p_s))
     inside = t < T
-    position = tl.where((pair < END_0)[None, :], tl.load(p_ptr, mask=inside, other=0)[:, None], 0)
-    second = tl.load(p_ptr + stride_p_a, mask=inside, other=0)
-    position = tl.where(((pair >= END_0) & (pair < END_1))[None, :], second[:, None], position)
-    if AXES == 3:
-        third = tl.load(p_ptr + 2 * offset(tl.full((), 1, tl.int32), stride_p_a), mask=inside, other=0)
-        position = tl.where((pair >= END_1)[None, :], third[:, None], position)
-    freq = tl.load(inv_freq_ptr + pair % PERIOD, mask=pair < HALF, other=0.0)
-    sin, cos = sincos(position.to(tl.float32) * freq[None, :])
-    cos = cos * scaling
-    sin = sin * (scaling * SIGN)
-    if q_ptr.dtype.element_ty == tl.float64:
-        cos, sin = cos.to(tl.float64), sin.to(tl.float64)
-    mask = (inside[:, None] & (pair < HALF)[None, :])[None, :, :]
+    mask = inside[:, None] & (pair < HALF)[None, :]
+    if compute == tl.float64:
+        entry = table_ptr + (offset(t, HALF)[:, None] + pair[None, :])
+        cos = tl.load(entry, mask=mask, other=0.0)
+        sin = tl.load(entry + offset(T, HALF), mask=mask, other=0.0)
+    else:
+        p_ptr = position_ptr + (offset(b, stride_p_b) + offset(s, stride_p_s))
+        position = tl.where((pair < END_0)[None, :], tl.load(p_ptr, mask=inside, other=0)[:, None], 0)
+        second = tl.load(p_ptr + stride_p_a, mask=inside, other=0)
+        position = tl.where(((pair >= END_0) & (pair < END_1))[None, :], second[:, None], position)
+        if AXES == 3:
+            third = tl.load(p_ptr + 2 * offset(tl.full((), 1, tl.int32), stride_p_a), mask=inside, other=0)
+            position = tl.where((pair >= END_1)[None, :], third[:, None], position)
+        freq = tl.load(table_ptr + pair % PERIOD, mask=pair < HALF, other=0.0)
+        sin, cos = sincos(position.to(tl.float32) * freq[None, :])
+    cos = (cos * scaling).to(compute)
+    sin = (sin * (scaling * SIGN)).to(compute)
+    mask = mask[None, :, :]
     cos, sin = cos[None, :, :], sin[None, :, :]
-    _rotate_heads(
-        q_ptr, q_out_ptr, offset(b, stride_q_b) + offset(s, stride_q_s), offset(b, stride_qo_b) + offset(s, stride_qo_s),
-        stride_q_h, stride_qo_h, cos, sin, mask, H, HALF, BLOCK_H, BLOCK_HALF,
-    )  # fmt: skip
-    _rotate_heads(
-        k_ptr, k_out_ptr, offset(b, stride_k_b) + offset(s, stride_k_s), offset(b, stride_ko_b) + offset(s, stride_ko_s),
-        stride_k_h, stride_ko_h, cos, sin, mask, HK, HALF, BLOCK_HK, BLOCK_HALF,
-    )  # fmt: skip
+    row_q, row_k = offset(b, stride_q_b) + offset(s, stride_q_s), offset(b, stride_k_b) + offset(s, stride_k_s)
+    row_qo, row_ko = offset(b, stride_qo_b) + offset(s, stride_qo_s), offset(b, stride_ko_b) + offset(s, stride_ko_s)
+    first = tl.program_id(0) % programs * share
+    for group in range(first, tl.minimum(first + share, groups)):
+        if group < groups_q:
+            _rotate_heads(
+                q_ptr, q_out_ptr, row_q, row_qo, group * BLOCK_H, stride_q_h, stride_qo_h, cos, sin, mask,
+                HALF, BLOCK_H, BLOCK_HALF,
+            )  # fmt: skip
+        else:
+            _rotate_heads(
+                k_ptr, k_out_ptr, row_k, row_ko, (group - groups_q) * BLOCK_HK, stride_k_h, stride_ko_h, cos, sin, mask,
+                HALF, BLOCK_HK, BLOCK_HALF,
+            )  # fmt: skip
 
 
 def launch(
@@ -110,33 +123,37 @@ def launch(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
+    table: torch.Tensor,
     sections: Sequence[int],
     scaling: float,
     sign: float,
 ) -> None:
     """q_out, k_out = q, k [T, H, D] or [B, S, H, D] rotated by sign * angles; they may be q and k themselves.
 
-    position_ids [A, T] or [A, B, S]; sections: the pairs of each of the A axes, D/2 in all. inv_freq [D/2], or [D/4] for
-    the two axes of the vision tower, which then share it.
+    position_ids [A, T] or [A, B, S]; sections: the pairs of each of the A axes, D/2 in all. table: float32 frequencies [D/2],
+    or [D/4] for the two axes of the vision tower, which then share it. For float64 cos and sin [2, ..., D/2] in float32
+    instead: there a last bit of theirs is an error, so they come from where the definition takes them.
     """
-    if q.dim() == 3:
-        q, k, q_out, k_out = (x.unsqueeze(0) for x in (q, k, q_out, k_out))
-        position_ids = position_ids.unsqueeze(1)
-    batch, length, heads, dim = q.shape
-    tokens = batch * length
-    if tokens == 0:
+    batched = q.dim() == 4
+    *_, length, heads, dim = q.shape
+    tokens = q.shape[0] * length if batched else length
+    if tokens == 0 or heads + k.shape[-2] == 0:
         return
+    strides = [n for x in (q, k, q_out, k_out) for n in (x.stride()[:3] if batched else (0, *x.stride()[:2]))]
+    axis, *rest = position_ids.stride()
+    block_h, block_hk = _block_of(heads), _block_of(k.shape[-2])
+    blocks, groups = blocks_of(tokens, BLOCK_T), heads // block_h + k.shape[-2] // block_hk
+    share = max(1, min(groups, blocks * groups // FILL))
     with torch.cuda.device_of(q):
-        _rope_kernel[(triton.cdiv(tokens, BLOCK_T),)](
-            q, k, q_out, k_out, position_ids, inv_freq.contiguous(), tokens, length,
-            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *position_ids.stride(), scaling,
-            H=heads, HK=k.shape[2], HALF=dim // 2, AXES=len(sections), END_0=sections[0], END_1=sections[0] + sections[1],
-            PERIOD=inv_freq.shape[0], SIGN=sign, BLOCK_T=BLOCK_T, BLOCK_H=_block_of(heads), BLOCK_HK=_block_of(k.shape[2]),
-            BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=NUM_WARPS,
+        _rope_kernel[(blocks * blocks_of(groups, share),)](
+            q, k, q_out, k_out, position_ids, table.contiguous(), tokens, length, share,
+            *strides, axis, *(rest if batched else (0, *rest)), scaling,
+            H=heads, HK=k.shape[-2], HALF=dim // 2, AXES=len(sections), END_0=sections[0], END_1=sections[0] + sections[1],
+            PERIOD=table.shape[0], SIGN=sign, BLOCK_T=BLOCK_T, BLOCK_H=block_h, BLOCK_HK=block_hk,
+            BLOCK_HALF=power_of_two(dim // 2), num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
 def _block_of(heads: int) -> int:
-    """The largest power of two that divides heads, at most MAX_BLOCK_H."""
-    return min(heads & -heads, MAX_BLOCK_H) if heads else 1
+    """The largest power of two that divides heads, at most BLOCK_H."""
+    return min(heads & -heads, BLOCK_H) if heads else 1

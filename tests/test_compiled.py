@@ -16,6 +16,8 @@ REGISTERS = 65536  # of a multiprocessor
 
 def narrow_allowed(name: str) -> set[str]:
     """Global accesses below 16 bytes that a kernel may have."""
+    if name.endswith("sums"):
+        return {"STG 2"}  # one column a thread, so that many programs share the work
     if "rope" in name:
         return {"LDG 8", "LDG 4"}  # positions and frequencies
     if "raster" in name:
@@ -30,7 +32,7 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     accesses = row["accesses"]
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
-    if "STG 16" not in accesses or ("LDG 16" not in accesses and name != "patchify"):
+    if ("STG 16" not in accesses and not name.endswith("sums")) or ("LDG 16" not in accesses and name != "patchify"):
         found.append("no access of 16 bytes")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
@@ -67,9 +69,11 @@ def test_spills_and_narrow_accesses_are_seen():
 def specialised(launcher, *arguments, **options) -> tuple:
     with recorded() as launches:
         launcher(*arguments, **options)
-    (launch,) = launches
-    made, meta = source(launch)
-    return made.signature, made.constants, str(made.attrs), meta
+    found = []
+    for launch in launches:
+        made, meta = source(launch)
+        found += [made.signature, made.constants, str(made.attrs), meta]
+    return tuple(found)
 
 
 def test_no_recompilation_when_lengths_change():

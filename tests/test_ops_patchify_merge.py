@@ -106,7 +106,7 @@ def check_raster(ops=ops, device: str = "cpu", dtype: torch.dtype = torch.float3
         merge = functools.partial(ops.merge_patches, weight=weight, bias=bias, backend=backend)
         expected = merge(x[order])
         assert same_bits(merge(x, grid_thw=torch.tensor(grids)), expected), backend
-        assert same_bits(expected, ops.layer_norm(x[order], weight, bias, eps=1e-6).view(-1, 64)), backend
+        assert same_bits(expected, ops.layer_norm(x[order], weight, bias, eps=1e-6, backend=backend).view(-1, 64)), backend
         leaf = x.detach().requires_grad_()
         upstream = randn(total // 4, 64, seed=3, device=device, dtype=dtype)
         (raster,) = torch.autograd.grad(merge(leaf, grid_thw=torch.tensor(grids)), leaf, upstream)

@@ -177,14 +177,22 @@ def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
 
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # gradients come with any strides
     outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    kernel.launch(q, k, *outs, position_ids, inv_freq, sections, scaling, sign)
+    kernel.launch(q, k, *outs, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, sign)
     return outs
 
 
 def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling):
     from ..kernels import rope as kernel
 
-    kernel.launch(q, k, q, k, position_ids, inv_freq, sections, scaling, 1.0)
+    kernel.launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, 1.0)
+
+
+def _table(q, position_ids, inv_freq, sections):
+    """What the kernel reads: frequencies, or for float64 cos and sin [2, ..., D/2] of torch, whose last bit counts there."""
+    if q.dtype != torch.float64:
+        return inv_freq
+    angles = mrope_angles(position_ids, inv_freq, sections) if len(sections) == 3 else vision_rope_angles(position_ids, inv_freq)
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign, backend="torch"):

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _runs_here(item: pytest.Item) -> bool:
-    """Interpreted kernels take CPU tensors, compiled ones CUDA tensors; a dtype can mark a case as gpu that has the CPU's device."""
+    """Interpreted kernels take CPU tensors, compiled ones CUDA ones. A dtype can mark a case as gpu whose device is the CPU."""
     on_device = item.get_closest_marker("gpu") is not None
     device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
     return on_device != triton.knobs.runtime.interpret and not (on_device and device == "cpu")

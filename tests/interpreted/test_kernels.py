@@ -16,8 +16,16 @@ from qwen2vl_fast.kernels import rope
 from qwen2vl_fast.kernels.offsets import offset
 from tests.compare import check, check_pair_units, check_units, error, judge, same_bits
 from tests.models import batch, pair
-from tests.samples import SAMPLES, Sample
-from tests.test_ops_every import LAYOUTS, check_determinism, check_isolation, check_nan_isolation, check_rule, sweep
+from tests.samples import PEERS, SAMPLES, Sample
+from tests.test_ops_every import (
+    LAYOUTS,
+    check_determinism,
+    check_isolation,
+    check_nan_isolation,
+    check_rule,
+    definition_of,
+    sweep,
+)
 
 KINDS = [kind for kind in SAMPLES if kind not in ("varlen_attention", "linear_cross_entropy")]
 MANY = 1000  # cases of each kind and dtype in the long run: 20 000
@@ -47,7 +55,9 @@ def check_outputs(kind: str, seed: int, dtype: torch.dtype, device: str, layout:
     def run(**arguments):
         return getattr(ops, sample.op)(**arguments, backend="triton")
 
-    judge(run, getattr(reference, sample.op), call, gradients=False, seed=seed, name=f"{kind} seed {seed} {dtype} {layout}")
+    name = f"{kind} seed {seed} {dtype} {layout}"
+    peers, definition = PEERS.get(kind, ()), definition_of(kind, dtype)
+    judge(run, definition, call, peers=peers, gradients=False, rms=sample.rms, seed=seed, name=name)
     for guard_ in guards:
         guard_.check(kind)
 
@@ -294,9 +304,13 @@ MUTANTS = [
     ("rope", "rest = n * 3.139164786504813e-07", "rest = n * 0.0", "mrope"),
     ("rope", "pair % PERIOD", "pair // 2", "vision_rope"),
     ("rope", "inside = t < T", "inside = t < T + 1", "in place"),
+    ("rope", "group - groups_q", "group", "in place"),
+    ("rope", "tl.minimum(first + share, groups)", "tl.minimum(first + share, groups - 1)", "mrope"),
     ("norm", "x - (tl.sum(x, 1) / C)[:, None], 0.0", "x - (tl.sum(x, 1) / (C + 1))[:, None], 0.0", "layer_norm"),
     ("norm", "tl.sum(x * x, 1) / C + EPS", "tl.sum(x * x, 1) / C", "rms_norm"),
-    ("norm", "grad_x = grad_x - (tl.sum(weighted, 1) / C)[:, None]", "grad_x = grad_x", "layer_norm"),
+    ("norm", "grad_x = grad_x - mean_weighted[:, None]", "grad_x = grad_x", "layer_norm"),
+    ("norm", "unit * (along * scale)[:, None]", "unit * along[:, None]", "rms_norm"),
+    ("norm", "partial_ptr + C + share", "partial_ptr + share", "layer_norm"),
     ("norm", "grad_bias += grad", "grad_bias = grad", "layer_norm"),
     ("norm", "target = offset(source, C)", "target = offset(t, C)", "merge_patches"),
     ("norm", "offset(source, stride_x_t)", "offset(source, C)", "rms_norm"),
