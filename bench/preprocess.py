@@ -1,0 +1,158 @@
+"""JPEG files to pixel rows: images a second against transformers' processors and qwen-vl-utils, on two threads.
+
+qwen2vl-fast bench preprocess [--threads 2] [--json] [--save]
+
+Every contender opens the file, decodes, resizes, normalises and cuts into patches. Besides, on a CUDA device: rows that are
+made there, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bench.timing import ROOT, measure, parser, publish, say
+from qwen2vl_fast import ops
+from qwen2vl_fast.media import MAX_PIXELS, MIN_PIXELS, load_image, preprocess_images, resize_frame, resized
+
+PICTURES = ROOT / "qwen2vl_fast" / "assets" / "pictures"
+SIZES = {  # (source, width, height)
+    "thumbnail 448 x 448": ("photo.jpg", 448, 448),
+    "photo 1280 x 720": ("photo.jpg", 1280, 720),
+    "photo 1920 x 1080": ("photo.jpg", 1920, 1080),
+    "page 1240 x 1754": ("page.png", 1240, 1754),
+}
+OURS, PIL, VISION, UTILS = "qwen2vl_fast", "transformers PIL", "transformers torchvision", "qwen-vl-utils + transformers PIL"
+OURS_CUDA, VISION_CUDA = "qwen2vl_fast, rows on the GPU", "transformers torchvision, on the GPU"
+Rows = Callable[[str], torch.Tensor]
+
+
+def ours(path: str) -> torch.Tensor:
+    return preprocess_images([path])[0]
+
+
+def ours_on_cuda(path: str) -> torch.Tensor:
+    image = load_image(path)
+    frame = resize_frame(image, resized(image.height, image.width, MIN_PIXELS, MAX_PIXELS, path))
+    frames = torch.from_numpy(frame).to("cuda", non_blocking=True).expand(2, -1, -1, -1)
+    return ops.patchify(frames, dtype=torch.bfloat16)
+
+
+def transformers_pil() -> Rows:
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:  # before transformers 5 the one on PIL had the plain name
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
+    processor = Processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    return lambda path: processor(images=[Image.open(path).convert("RGB")], return_tensors="pt")["pixel_values"]
+
+
+def transformers_torchvision(device: str) -> Rows:
+    import torchvision  # noqa: F401 -- transformers hands out a placeholder without it
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    more = {"device": device} if device != "cpu" else {}
+    return lambda path: processor(images=[Image.open(path).convert("RGB")], return_tensors="pt", **more)["pixel_values"]
+
+
+def qwen_vl_utils() -> Rows:
+    from qwen_vl_utils.vision_process import fetch_image
+
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
+    processor = Processor(do_resize=False)
+
+    def rows(path: str) -> torch.Tensor:
+        image = fetch_image({"image": path, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS})
+        return processor(images=[image], return_tensors="pt")["pixel_values"]
+
+    return rows
+
+
+def contenders(cuda: bool) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Who can run, and why the others can't."""
+    builders: dict[str, Callable[[], Rows]] = {
+        OURS: lambda: ours,
+        PIL: transformers_pil,
+        VISION: lambda: transformers_torchvision("cpu"),
+        UTILS: qwen_vl_utils,
+    }
+    if cuda:
+        builders |= {OURS_CUDA: lambda: ours_on_cuda, VISION_CUDA: lambda: transformers_torchvision("cuda")}
+    found, missing = {}, {}
+    for name, build in builders.items():
+        try:
+            found[name] = build()
+        except (ImportError, OSError, RuntimeError) as error:
+            missing[name] = " ".join(str(error).split())[:160]
+    if not cuda:
+        missing |= dict.fromkeys((OURS_CUDA, VISION_CUDA), "needs a CUDA device")
+    return found, missing
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    """{name: JPEG file}, from the pictures of the repository."""
+    paths = {}
+    for name, (source, width, height) in SIZES.items():
+        path = folder / f"{width}x{height}.jpg"
+        Image.open(PICTURES / source).convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(path, quality=90)
+        paths[name] = str(path)
+    return paths
+
+
+def race(options: Any, folder: Path) -> list[dict[str, Any]]:
+    cuda = torch.cuda.is_available()
+    found, missing = contenders(cuda)
+    for name, reason in missing.items():
+        say(options, f"{name}: {reason}")
+    rows = []
+    for name, path in pictures(folder).items():
+        expected = found[PIL](path).float()
+        facts: dict[str, dict[str, Any]] = {contender: {"missing": reason} for contender, reason in missing.items()}
+        for contender, run in found.items():
+            out = run(path).float().cpu()
+            if out.shape != expected.shape:
+                raise RuntimeError(f"{contender} on {name}: expected rows {tuple(expected.shape)}, got {tuple(out.shape)}")
+            facts[contender] = {"largest_difference": float((out - expected).abs().max())}
+        if facts[OURS]["largest_difference"] > 1e-5:
+            raise RuntimeError(f"{name}: our rows differ from transformers' by {facts[OURS]['largest_difference']:.1e}")
+
+        def one(run: Rows, path: str = path) -> Callable[[], None]:
+            def call() -> None:
+                out = run(path)
+                if out.is_cuda:
+                    torch.cuda.synchronize()
+
+            return call
+
+        seconds = measure({contender: one(run) for contender, run in found.items()}, repeats=options.repeats, device="cpu")
+        for contender, value in seconds.items():
+            facts[contender] |= {"seconds": value, "images_per_second": 1 / value["median"]}
+        rows.append({"picture": name, "rows": len(expected), "threads": options.threads, "contenders": facts})
+        say(options, f"{name}, {len(expected)} rows")
+        for contender, value in seconds.items():
+            ratio = seconds[PIL]["median"] / value["median"]
+            say(options, f"  {contender:<36} {1 / value['median']:8.1f} images/s  {ratio:.2f}x transformers PIL")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser("preprocess", __doc__, repeats=9)
+    arguments.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    options = arguments.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = race(options, Path(folder))
+    publish(f"preprocess_{'cuda' if torch.cuda.is_available() else 'cpu'}", options, rows)
+
+
+if __name__ == "__main__":
+    main()
