@@ -7,6 +7,7 @@ package's attention with transformers, if that is installed, as attn_implementat
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from types import ModuleType
 
@@ -97,6 +98,7 @@ class _Callable(ModuleType):
     __call__ = staticmethod(patch)
 
 
+__signature__ = inspect.signature(patch)
 sys.modules[__name__].__class__ = _Callable
 if importlib.util.find_spec("transformers") is not None:
     interface.register()

@@ -62,11 +62,10 @@ def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tens
     return_dict = kwargs.pop("return_dict", None)
     given = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seqlens", "max_seqlen")}
     x = self.patch_embed(hidden_states)
-    merge = self.spatial_merge_size
-    grid = bounds = None
-    if given["position_ids"] is None or given["cu_seqlens"] is None:
-        grid, bounds = to_host(grid_thw, given["cu_seqlens"])
-        grid = check_grid(grid, merge)
+    if _checkpoints(self) and not x.requires_grad and any(parameter.requires_grad for parameter in self.blocks.parameters()):
+        x.requires_grad_()  # a reentrant checkpoint has gradients only if its input has: adapters would get none
+    grid, bounds = to_host(grid_thw, given["cu_seqlens"])
+    grid = check_grid(grid, self.spatial_merge_size)
     whole = several_ranks() or kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
     if bounds is None and given["position_ids"] is None and not whole:
         packs = [(x[rows], units) for rows, units in capped_packs(grid, MAX_PACK_PATCHES)]
@@ -89,6 +88,12 @@ def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tens
 def several_ranks() -> bool:
     """Whether other processes may wait for this one inside a forward: sharded weights are gathered block by block."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _checkpoints(self: nn.Module) -> bool:
+    """Whether the blocks run inside gradient checkpoints now."""
+    on = self.gradient_checkpointing or any(getattr(block, "gradient_checkpointing", False) for block in self.blocks)
+    return bool(on and self.training and torch.is_grad_enabled())
 
 
 def _pack(self: nn.Module, device: torch.device, grid: Any, bounds: Any, position_ids: Any) -> Pack:
@@ -124,7 +129,7 @@ def patch_embed(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     usable = bare(proj, nn.Conv3d) and readable(proj.weight, x) and proj.bias is None
     if not hook.active or not usable or torch.is_autocast_enabled(x.device.type):
         if hook.active:
-            hook.part.fell_back("autocast" if usable else "the convolution is not a plain Conv3d")
+            hook.part.fell_back("autocast" if usable else "the convolution is not a plain Conv3d with its weight in place")
         return original(self, hidden_states)
     hook.part.ran()
     weight = proj.weight.flatten(1)

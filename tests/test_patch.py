@@ -1,0 +1,700 @@
+"""patch: equality with the unpatched model, what is bound and reported, and that one instance alone changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.qwen2_vl import modeling_qwen2_vl as peer
+
+import qwen2vl_fast
+from qwen2vl_fast import ops, positions
+from qwen2vl_fast.patch import releases, vision
+from tests import models, patching
+from tests.compare import check, check_parity, error
+from tests.models import CONFIGS, OLD_TRANSFORMERS, peer_inputs, real_tokens
+from tests.patching import forward, model_of, patched, twin
+
+MIXED = [
+    [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
+    [("text", 7)],
+    [("image", 2, 4), ("text", 3)],
+]
+NEW = pytest.mark.skipif(OLD_TRANSFORMERS, reason="an input that transformers 4.52 does not have")
+PARTS = [
+    "one tower pass", "position ids", "packing", "patch embedding", "vision attention", "vision rope", "vision norms",
+    "vision activations", "m-rope", "text norms", "swiglu", "loss",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared() -> nn.Module:
+    """Not to be left changed."""
+    return model_of(CONFIGS["released"])
+
+
+@pytest.fixture
+def hf(shared: nn.Module) -> nn.Module:
+    return twin(shared)
+
+
+def compare(hf: nn.Module, inputs: dict, *, unpatched: nn.Module | None = None, **options) -> qwen2vl_fast.patch.PatchReport:
+    """Logits of real tokens with and without patch, by parity as released; returns the report."""
+    real = real_tokens(inputs)
+    with torch.no_grad():
+        expected = forward(unpatched or hf, inputs).logits
+        with patched(hf, **options) as report:
+            got = forward(hf, inputs).logits
+    check_parity(got[real], expected[real], "released")
+    return report
+
+
+# Equality.
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_models(monkeypatch, block):
+    """`patching.check_case(seed, casts)` reproduces a failure."""
+    for seed in range(15 * block, 15 * block + 15):
+        patching.check_case(seed, "released", train=False)
+    patching.lift_casts(monkeypatch)
+    for seed in range(15 * block, 15 * block + 15):
+        patching.check_case(seed, "lifted")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("block", range(50))
+def test_random_models_at_length(monkeypatch, block):
+    patching.lift_casts(monkeypatch)
+    for seed in range(100 * block, 100 * block + 100):
+        patching.check_case(seed, "lifted")
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_real_head_dims(config, padding):
+    """Head dims 80 and 128, sections 16/24/24, YaRN: as the released models have them."""
+    report = compare(model_of(CONFIGS[config]), models.batch(MIXED, padding=padding))
+    assert list(report.parts) == PARTS
+    for part in report.parts.values():
+        assert part.status == "fused" and not part.passed and (part.calls or part.name == "loss"), part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(dtype):
+    """Patched logits err no more than unpatched ones in the same dtype; the judge of both is the float64 model."""
+    hf, wide = model_of(CONFIGS["released"], dtype=dtype), model_of(CONFIGS["released"])
+    wide.load_state_dict(hf.state_dict())
+    inputs = models.batch(MIXED, dtype=dtype)
+    real = real_tokens(inputs)
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    with torch.no_grad():
+        reference = qwen2vl_fast.Qwen2VL.from_transformers(wide)(**exact).logits[real]
+        unpatched = forward(hf, inputs).logits[real]
+        with patched(hf):
+            check(forward(hf, inputs).logits[real], reference, [error(unpatched, reference)])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast(train):
+    """As a trainer with bf16=True runs a float32 model."""
+    hf = model_of(CONFIGS["released"], dtype=torch.float32)
+    inputs = models.batch(MIXED, dtype=torch.float32)
+    real = real_tokens(inputs)
+    labels = models.labels_of(inputs) if train else None
+    hf.train(train)
+    results = []
+    for patch in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if patch:
+                report = qwen2vl_fast.patch(hf)
+            output = forward(hf, inputs, labels=labels)
+            results.append(output.loss[None] if train else output.logits[real])
+    reference = forward(model_of(CONFIGS["released"]), inputs, labels=labels)
+    reference = (reference.loss[None] if train else reference.logits[real]).detach().double()
+    check(results[1].float(), reference, [error(results[0].float(), reference), reference.abs() / 256], rms=False)
+    assert report.parts["text norms"].passed["autocast"]
+
+
+def test_long_clip(hf):
+    """More frame pairs than merged rows and columns: with positions=True MODEL.md's rule, with False the library's."""
+    ours = qwen2vl_fast.Qwen2VL.from_transformers(hf)
+    inputs = models.batch([[("text", 1), ("video", 10, 4, 4), ("text", 5), ("image", 2, 2), ("text", 2)]])
+    with torch.no_grad():
+        before = forward(hf, inputs).logits
+        with patched(hf, positions=False) as report:
+            check_parity(forward(hf, inputs).logits, before, "released")
+        assert report.parts["position ids"].status == "not fused: positions=False"
+        with patched(hf):
+            got = forward(hf, inputs).logits
+    check_parity(got, ours(**inputs).logits.detach(), "lifted")
+    apart = float((got - before).abs().max() / before.abs().max())
+    assert apart < 1e-6 if OLD_TRANSFORMERS else apart > 1e-3
+
+
+def test_parts_of_a_model_alone(shared):
+    """The tower, the decoder, the model without its head."""
+    inputs = models.batch(MIXED)
+    grid, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
+    for take, names in (
+        (lambda hf: hf.model.visual, PARTS[2:8]),
+        (lambda hf: hf.model.language_model, PARTS[8:11]),
+        (lambda hf: hf.model, PARTS[:11]),
+    ):
+        one = take(twin(shared))
+
+        def run(module=one):
+            if hasattr(module, "merger"):
+                output = module(pixels, grid_thw=grid)
+            elif hasattr(module, "visual"):
+                output = module(**peer_inputs(shared, inputs)).last_hidden_state[real_tokens(inputs)]
+            else:
+                output = module(input_ids=inputs["input_ids"][1:2, -7:]).last_hidden_state
+            return getattr(output, "pooler_output", output)
+
+        with torch.no_grad():
+            expected = run()
+            with patched(one) as report:
+                check_parity(run(), expected, "released")
+        assert list(report.parts) == names
+        assert all(part.calls for part in report.parts.values()), report
+
+
+@pytest.mark.parametrize("argument", ["rope", "attention", "norms", "activations", "patch_embed", "positions", "fused_loss"])
+def test_each_part_can_be_left_out(hf, argument):
+    report = compare(hf, models.batch(MIXED), **{argument: False})
+    left = [part.name for part in report.parts.values() if f"{argument}=False" in part.status]
+    expected = {
+        "rope": ["vision rope", "m-rope"], "attention": ["vision attention"], "norms": ["vision norms", "text norms"],
+        "activations": ["vision activations", "swiglu"], "patch_embed": ["patch embedding"], "positions": ["position ids"],
+        "fused_loss": ["loss"],
+    }  # fmt: skip
+    assert left == expected[argument]
+    assert not any(report.parts[name].calls or report.parts[name].bound for name in left)
+
+
+def test_capped_packs(hf, monkeypatch):
+    """More patches than a pack may hold: several packs, the same features."""
+    monkeypatch.setattr(vision, "MAX_PACK_PATCHES", 20)
+    report = compare(hf, models.batch(MIXED))
+    assert report.parts["vision attention"].calls > 2 and report.parts["packing"].calls == 1
+
+
+def test_images_and_videos_share_one_pass(hf):
+    inputs = models.batch(MIXED)
+    calls = []
+    hf.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), patched(hf):
+        forward(hf, inputs)
+    assert len(calls) == 1
+    if not OLD_TRANSFORMERS:  # there generate encodes before its first forward
+        with patched(hf):
+            hf.generate(**peer_inputs(hf, inputs), max_new_tokens=2, do_sample=False)
+        assert len(calls) == 2
+
+
+def test_placeholders_that_do_not_match(hf):
+    inputs = peer_inputs(hf, models.batch([[("text", 3), ("image", 4, 6), ("text", 4)]]))
+    inputs["input_ids"][0, 6] = 5
+    with patched(hf), pytest.raises(ValueError, match="expected 6 image placeholders by image_grid_thw, got 5"):
+        hf(**inputs)
+    del inputs["image_grid_thw"]
+    with patched(hf), pytest.raises(ValueError, match="image_grid_thw: expected"):
+        hf(**inputs)
+
+
+# Inputs of 5.x.
+
+
+@NEW
+def test_encoded_media_are_honoured(hf):
+    inputs = models.batch(MIXED)
+    real = real_tokens(inputs)
+    with torch.no_grad():
+        expected = forward(hf, inputs).logits
+        outputs = {
+            "image": hf.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True),
+            "video": hf.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True),
+        }
+        rest = {name: x for name, x in inputs.items() if not name.startswith("pixel")}
+        with patched(hf) as report:
+            got = hf(**rest, mm_encoder_outputs=outputs).logits
+        check_parity(got[real], expected[real], "released")
+        assert report.parts["one tower pass"].calls == 1 and report.parts["packing"].calls == 0
+        with patched(hf), pytest.raises(ValueError, match="mm_encoder_outputs"):
+            hf(**inputs, mm_encoder_outputs=outputs)
+
+
+@NEW
+def test_precomputed_inputs_are_honoured(hf):
+    """image_cu_seqlens and image_position_ids, even where they say something else than the grids."""
+    inputs = models.batch([[("text", 2), ("image", 4, 6), ("image", 2, 2), ("text", 3)]])
+    given = {
+        "image_cu_seqlens": torch.tensor([0, 8, 28], dtype=torch.int32),
+        "image_position_ids": positions.vision_position_ids(inputs["image_grid_thw"]).t().flip(1).contiguous(),
+    }
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        for names in (list(given), list(given)[:1], list(given)[1:]):
+            expected = hf(**inputs, **{name: given[name] for name in names}).logits
+            with patched(hf) as report:
+                got = hf(**inputs, **{name: given[name] for name in names}).logits
+            check_parity(got, expected, "released")
+            assert float((expected - plain).abs().max()) > 1e-4, "the case tells nothing"
+            assert report.parts["vision attention"].calls == 2
+
+
+@NEW
+def test_packed_samples(hf):
+    """Two samples in one row, told apart by the first of four rows of position ids."""
+    ids = torch.randint(0, 256, (1, 12))
+    text = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    position_ids = torch.stack((text, text, text, text))
+    with torch.no_grad():
+        packed = {"input_ids": ids, "position_ids": position_ids, "use_cache": False}  # a cache would turn packing off
+        expected = hf(**packed).logits
+        with patched(hf):
+            got = hf(**packed).logits
+            alone = [hf(input_ids=part).logits for part in ids.split((5, 7), 1)]
+    check_parity(got, expected, "released")
+    check_parity(got, torch.cat(alone, 1), "lifted")
+
+
+@NEW
+def test_attention_implementation(tmp_path, shared):
+    shared.save_pretrained(tmp_path)
+    inputs = models.batch(MIXED)
+    one = models.alone(inputs, MIXED, 0)
+    import qwen2vl_fast.patch  # noqa: F401 -- registers the name
+
+    loaded = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="qwen2vl_fast", dtype=torch.float64
+    ).eval()
+    assert loaded.config._attn_implementation == "qwen2vl_fast"
+    for batch in (inputs, one):  # with a mask, and without
+        real = real_tokens(batch)
+        with torch.no_grad():
+            expected = forward(shared, batch).logits[real]
+            check_parity(forward(loaded, batch).logits[real], expected, "released")
+            with patched(loaded):
+                check_parity(forward(loaded, batch).logits[real], expected, "released")
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(**one, **greedy), shared.generate(**one, **greedy))
+
+
+def test_attention_function_is_varlen_attention(monkeypatch):
+    from qwen2vl_fast.patch import interface
+
+    calls = []
+    real = ops.varlen_attention
+    monkeypatch.setattr(ops, "varlen_attention", lambda *a, **k: calls.append(k["causal"]) or real(*a, **k))
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2
+    for causal in (None, False):
+        out, _ = interface.attention(module, q, k, v, None, scaling=0.3, is_causal=causal)
+        wide_k, wide_v = (x.repeat_interleave(2, 1) for x in (k, v))
+        flag = causal is None
+        expected = nn.functional.scaled_dot_product_attention(q, wide_k, wide_v, scale=0.3, is_causal=flag).transpose(1, 2)
+        check_parity(out, expected, "lifted")
+    assert calls == [True, False]
+
+
+# Modules that somebody swapped, hooks, roundings.
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("model.visual.blocks.0.norm2", "vision norms"),
+        ("model.visual.blocks.1.norm1", "vision norms"),
+        ("model.visual.merger.ln_q", "vision norms"),
+        ("model.visual.blocks.0.mlp.act", "vision activations"),
+        ("model.visual.merger.mlp.1", "vision activations"),
+        ("model.visual.blocks.0.mlp.fc1", None),
+        ("model.visual.blocks.0.attn.qkv", None),
+        ("model.language_model.layers.0.post_attention_layernorm", "text norms"),
+        ("model.language_model.norm", "text norms"),
+        ("model.language_model.layers.1.mlp.act_fn", "swiglu"),
+        ("model.language_model.layers.1.mlp.up_proj", None),
+        ("model.language_model.layers.0.self_attn.k_proj", None),
+    ],
+)
+def test_swapped_modules_are_respected(hf, place, part, late):
+    """Before or after patch; a norm or an activation is reported besides."""
+    inputs = models.batch(MIXED)
+    real = real_tokens(inputs)
+    owner, name = hf.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    before = getattr(owner, name)
+    with torch.no_grad():
+        plain = forward(hf, inputs).logits
+        setattr(owner, name, Doubled(before))
+        expected = forward(hf, inputs).logits
+        if late:
+            setattr(owner, name, before)
+        report = qwen2vl_fast.patch(hf)
+        setattr(owner, name, Doubled(before))
+        got = forward(hf, inputs).logits
+    assert float((expected - plain)[real].abs().max()) > 1e-6, "the case tells nothing"
+    check_parity(got[real], expected[real], "released")
+    row = report.parts.get(part)
+    if row is not None and (not late or "act" in place or "mlp.1" in place):
+        assert "Doubled" in row.status or any("Doubled" in why or "GELU" in why for why in row.passed), report
+
+
+def test_forward_hooks_of_layers_run(hf):
+    """A hook on any Linear, norm or activation sees the call, and what it returns counts."""
+    inputs = models.batch(MIXED)
+    real = real_tokens(inputs)
+    kinds = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Conv3d, type(hf.model.language_model.norm))
+    watched = [m for m in hf.modules() if isinstance(m, kinds) and m is not hf.lm_head]
+    calls: dict[nn.Module, int] = dict.fromkeys(watched, 0)
+
+    def hook(module, args, output):
+        calls[module] += 1
+        return output * 1.1
+
+    for module in watched:
+        module.register_forward_hook(hook)
+    with torch.no_grad():
+        expected = forward(hf, inputs).logits
+        once = dict(calls)
+        assert all(once.values())
+        with patched(hf):
+            got = forward(hf, inputs).logits
+    check_parity(got[real], expected[real], "released")
+    # Images and videos share a pass, so that the tower's layers run once instead of twice.
+    assert all(calls[module] - once[module] in (once[module], once[module] / 2) for module in watched)
+
+
+def test_rounded_frequencies_are_made_again():
+    """model.to(bfloat16) rounds the tables; past position 256 they are then wrong, in the patched model they are not."""
+    hf = model_of(CONFIGS["released"], dtype=torch.bfloat16)
+    exact = twin(hf)
+    for module in hf.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.bfloat16()
+    ids = torch.randint(0, 256, (1, 8))
+    position_ids = 30000 + torch.arange(8).expand(3, 1, 8)
+    with torch.no_grad(), patched(exact), patched(hf):
+        assert torch.equal(hf(input_ids=ids, position_ids=position_ids).logits,
+                           exact(input_ids=ids, position_ids=position_ids).logits)  # fmt: skip
+
+
+def test_rope_types_that_change_with_the_length_are_left_alone():
+    config = copy.deepcopy(CONFIGS["released"])
+    config["rope_scaling"] = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0, "mrope_section": [16, 24, 24]}
+    report = compare(model_of(config), models.batch(MIXED))
+    assert "rope type dynamic" in report.parts["m-rope"].status and report.parts["m-rope"].calls == 0
+
+
+def test_attentions_fall_back_and_say_so(shared):
+    config = copy.deepcopy(CONFIGS["released"])
+    hf = model_of(config)
+    hf.load_state_dict(shared.state_dict())
+    if not OLD_TRANSFORMERS:
+        hf.set_attn_implementation("eager")
+    inputs = models.batch(MIXED[:1])  # padded rows are NaN in transformers' eager attention in float64
+    real = real_tokens(inputs)
+    with torch.no_grad():
+        before = forward(hf, inputs, output_attentions=True)
+        with patched(hf) as report:
+            after = forward(hf, inputs, output_attentions=True)
+    check_parity(after.logits[real], before.logits[real], "released")
+    assert len(after.attentions) == len(before.attentions) == 2
+    for ours, theirs in zip(after.attentions, before.attentions, strict=True):
+        check_parity(ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real], "released")
+    if OLD_TRANSFORMERS:
+        assert report.parts["m-rope"].passed
+
+
+@NEW
+def test_tower_attentions_and_hidden_states(hf):
+    hf.set_attn_implementation("eager")
+    inputs = models.batch(MIXED)
+    arguments = {"grid_thw": inputs["image_grid_thw"], "output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        before = hf.model.visual(inputs["pixel_values"], **arguments)
+        with patched(hf) as report:
+            after = hf.model.visual(inputs["pixel_values"], **arguments)
+            assert report.parts["packing"].passed["attention weights were asked for"] == 1
+            del arguments["output_attentions"]
+            again = hf.model.visual(inputs["pixel_values"], **arguments)
+    assert report.parts["packing"].calls == 1
+    for output in (after, again):
+        for ours, theirs in zip(output.hidden_states, before.hidden_states, strict=True):
+            check_parity(ours, theirs, "released")
+
+
+# What is bound, refused, reported.
+
+
+def test_callable_package():
+    code = """
+import sys
+import qwen2vl_fast
+assert not {"transformers", "qwen2vl_fast.patch"} & set(sys.modules)
+assert "patch" in qwen2vl_fast.__all__ and not hasattr(qwen2vl_fast, "patched")
+import qwen2vl_fast.patch
+assert callable(qwen2vl_fast.patch) and qwen2vl_fast.unpatch is qwen2vl_fast.patch.unpatch
+from qwen2vl_fast import patch
+assert patch is qwen2vl_fast.patch is sys.modules["qwen2vl_fast.patch"]
+from transformers import AttentionInterface
+assert "qwen2vl_fast" in AttentionInterface()
+"""
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+    names = list(inspect.signature(qwen2vl_fast.patch).parameters)
+    assert names == [
+        "hf_model", "rope", "attention", "norms", "activations", "patch_embed", "positions", "fused_loss", "backend",
+    ]  # fmt: skip
+
+
+def test_other_models_are_refused_by_name():
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    vision_config = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "intermediate_size": 8}
+    text = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1,
+            "intermediate_size": 8, "vocab_size": 32, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+            "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    other = Qwen2_5_VLModel(Qwen2_5_VLConfig(vision_config=vision_config, **text))
+    for wrong, name in ((other, "Qwen2_5_VLModel"), (nn.Linear(2, 2), "Linear"), ("model", "str")):
+        with pytest.raises(TypeError, match=f"hf_model: expected .* got {name}"):
+            qwen2vl_fast.patch(wrong)
+    with pytest.raises(ValueError, match="not patched"):
+        qwen2vl_fast.unpatch(other)
+
+
+def test_bad_arguments(hf):
+    with pytest.raises(TypeError, match="rope: expected True or False, got 1"):
+        qwen2vl_fast.patch(hf, rope=1)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        qwen2vl_fast.patch(hf, backend="tpu")
+    with patched(hf):
+        with pytest.raises(ValueError, match="patched already"):
+            qwen2vl_fast.patch(hf)
+        with pytest.raises(ValueError, match="patched already"):
+            qwen2vl_fast.patch(hf.model.visual)
+    with pytest.raises(ValueError, match="not patched"):
+        qwen2vl_fast.unpatch(hf)
+
+
+def test_wrapped_models_are_found(hf):
+    """ColQwen2 and the like hold one of the classes."""
+    wrapper = Doubled(hf.model)
+    report = qwen2vl_fast.patch(wrapper)
+    assert report.parts["swiglu"].bound == 2
+    qwen2vl_fast.unpatch(hf)
+    with pytest.raises(ValueError, match="not patched"):
+        qwen2vl_fast.unpatch(wrapper)
+
+
+def test_subclass_with_a_forward_of_its_own(shared):
+    class Scored(transformers.Qwen2VLForConditionalGeneration):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    hf = Scored(shared.config).double().eval()
+    hf.load_state_dict(shared.state_dict())
+    inputs = peer_inputs(shared, models.batch(MIXED[:1]))
+    with torch.no_grad(), patched(hf) as report:
+        check_parity(hf(**inputs).logits, shared(**inputs).logits, "released")
+    assert report.parts["loss"].status == "not fused: Scored overrides forward" and report.parts["swiglu"].calls
+
+
+def test_hook_that_does_not_bind_raises(hf, monkeypatch):
+    def changed(self, states, boundaries):
+        return states
+
+    name = "VisionSdpaAttention" if OLD_TRANSFORMERS else "VisionAttention"
+    monkeypatch.setattr(getattr(peer, name), "forward", changed)
+    with pytest.raises(RuntimeError, match=r"blocks.0.attn.forward .* has no hidden_states, cu_seqlens, position_embeddings"):
+        qwen2vl_fast.patch(hf)
+    with pytest.raises(ValueError, match="not patched"):
+        qwen2vl_fast.unpatch(hf)
+    report = qwen2vl_fast.patch(hf, attention=False, rope=False)
+    assert report.parts["vision attention"].status == "not fused: attention=False"
+
+
+def test_version_outside_the_tested_range_warns_once(hf, monkeypatch):
+    monkeypatch.setattr(releases, "_warned", False)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.0" if not OLD_TRANSFORMERS else "4.40.0")
+    with pytest.warns(UserWarning, match=r"tested with transformers 4.52 to 5.23, this is"), patched(hf):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with patched(hf):
+            pass
+
+
+def snapshot(*roots: nn.Module) -> dict[tuple[int, str], dict]:
+    """Every attribute of every module, by identity."""
+    return {(i, n): dict(vars(m)) for i, root in enumerate(roots) for n, m in root.named_modules()}
+
+
+def same(before: dict, after: dict) -> bool:
+    return before.keys() == after.keys() and all(
+        before[k].keys() == after[k].keys() and all(before[k][n] is after[k][n] for n in before[k]) for k in before
+    )
+
+
+def classes() -> dict[str, dict]:
+    return {name: dict(vars(value)) for name, value in vars(peer).items() if isinstance(value, type)} | {
+        "module": dict(vars(peer)), "linear": dict(vars(nn.Linear)), "norm": dict(vars(nn.LayerNorm)),
+    }  # fmt: skip
+
+
+def test_unpatch_restores_every_attribute(hf):
+    other = twin(hf)
+    before, types = snapshot(hf, other), classes()
+    report = qwen2vl_fast.patch(hf)
+    assert not same(snapshot(hf), {k: v for k, v in before.items() if k[0] == 0})
+    now, others = classes(), {k: v for k, v in before.items() if k[0] == 1}
+    assert all(now[name][key] is types[name][key] for name in types for key in types[name])
+    assert same({(0, n): v for (_, n), v in others.items()}, snapshot(other))
+    assert all(part.calls == 0 for part in report.parts.values())
+    qwen2vl_fast.unpatch(hf)
+    assert same(before, snapshot(hf, other))
+
+
+def test_unpatch_refuses_when_a_method_was_replaced(hf):
+    qwen2vl_fast.patch(hf)
+    before = snapshot(hf)
+    visual = hf.model.visual
+    ours = visual.forward
+    visual.forward = lambda *a, **k: ours(*a, **k)
+    with pytest.raises(RuntimeError, match="model.visual.forward was replaced after patch"):
+        qwen2vl_fast.unpatch(hf)
+    visual.forward = ours
+    assert same(before, snapshot(hf)), "it changed something before it refused"
+    qwen2vl_fast.unpatch(hf)
+
+
+def test_a_copy_of_a_patched_model(hf):
+    """It is patched too, and independent: unpatching one leaves the other."""
+    inputs = models.batch(MIXED)
+    qwen2vl_fast.patch(hf)
+    with torch.no_grad():
+        expected = forward(hf, inputs).logits
+        clone = copy.deepcopy(hf)
+        assert torch.equal(forward(clone, inputs).logits, expected)
+        qwen2vl_fast.unpatch(hf)
+        for parameter in hf.parameters():
+            parameter.zero_()
+        assert torch.equal(forward(clone, inputs).logits, expected)
+    qwen2vl_fast.unpatch(clone)
+
+
+def test_save_and_reload(hf, tmp_path):
+    inputs = models.batch(MIXED)
+    with torch.no_grad(), patched(hf):
+        hf.save_pretrained(tmp_path)
+        expected = forward(hf, inputs).logits
+    name = "torch_dtype" if OLD_TRANSFORMERS else "dtype"
+    loaded = transformers.Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, **{name: torch.float64}).eval()
+    with torch.no_grad(), patched(loaded):
+        assert torch.equal(forward(loaded, inputs).logits, expected)
+
+
+def test_report_counts_and_prints(hf):
+    inputs = models.batch(MIXED)
+    with torch.no_grad(), patched(hf) as report:
+        forward(hf, inputs)
+        first = {name: part.calls for name, part in report.parts.items()}
+        forward(hf, inputs)
+    assert {name: part.calls for name, part in report.parts.items()} == {name: 2 * n for name, n in first.items()}
+    depth = 2
+    assert first == {
+        "one tower pass": 1, "position ids": 1, "packing": 1, "patch embedding": 1, "vision attention": depth,
+        "vision rope": depth, "vision norms": 2 * depth + 1, "vision activations": depth + 1, "m-rope": depth + 1,
+        "text norms": 2 * depth + 1, "swiglu": depth, "loss": 0,
+    }  # fmt: skip
+    text = str(report)
+    assert all(name in text for name in PARTS) and transformers.__version__ in text and "fused" in text
+
+
+def test_report_verifies(hf, capsys):
+    inputs = peer_inputs(hf, models.batch(MIXED))
+    hf.train()
+    deltas = torch.ones(3, 1, dtype=torch.int64)
+    hf.model.rope_deltas = deltas
+    with patched(hf) as report:
+        rows = report.verify({**inputs, "labels": models.labels_of(models.batch(MIXED))}, repeats=1)
+        without = report.verify(inputs, repeats=1)
+        assert all(part.enabled for part in report.parts.values())
+    assert [row["part"] for row in rows] == [*PARTS, "all"]
+    assert [row["part"] for row in without] == [*PARTS[:-1], "all"]
+    assert all(row["error"] < 1e-5 and row["speed"] > 0 for row in rows)
+    assert any(row["error"] > 0 for row in rows)
+    assert hf.training and all(m.training for m in hf.modules()) and hf.model.rope_deltas is deltas
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PARTS)
+
+
+def test_signatures_stay(hf):
+    """Trainer and generate look at the arguments of forward."""
+    before = inspect.signature(hf.forward)
+    with patched(hf):
+        assert inspect.signature(hf.forward) == before
+        assert hf.forward.__name__ == "forward"
+
+
+def test_compile(hf):
+    """Under torch.compile, again with other lengths, and the counters stand still instead of compiling anew."""
+    inputs = models.batch([[("text", 5)]])
+    longer = models.batch([[("text", 9)], [("text", 6)]])
+    with torch.no_grad(), patched(hf) as report:
+        expected = [forward(hf, x, use_cache=False).logits for x in (inputs, longer)]
+        torch._dynamo.reset()
+        compiled = torch.compile(hf.model.language_model, backend="eager", dynamic=True)
+        hf.model.language_model, plain = compiled, hf.model.language_model
+        calls = report.parts["swiglu"].calls
+        try:
+            got = [forward(hf, x, use_cache=False).logits for x in (inputs, longer, inputs)]
+        finally:
+            hf.model.language_model = plain
+        assert report.parts["swiglu"].calls > calls
+    for ours, theirs in zip(got, [*expected, expected[0]], strict=True):
+        check_parity(ours, theirs, "lifted")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_sync_beyond_one_copy(where, masked):
+    """With grids on the host none; with grids on the device the one that copies them."""
+    hf = model_of(CONFIGS["released"], dtype=torch.bfloat16).cuda()
+    inputs = models.batch([[("text", 3), ("image", 4, 6), ("video", 2, 4, 4), ("text", 5)]], dtype=torch.bfloat16)
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = {name: x.to(where if name.endswith("grid_thw") else "cuda") for name, x in inputs.items()}
+    with torch.no_grad(), patched(hf):
+        forward(hf, inputs, use_cache=False)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                forward(hf, inputs, use_cache=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    ours = [w for w in caught if "synchronizing" in str(w.message) and "qwen2vl_fast" in w.filename]
+    assert len(ours) == (where == "cuda"), [f"{w.filename}:{w.lineno}" for w in ours]
