@@ -97,19 +97,22 @@ void fence_proxy_async() {
 
 // TMA.
 
-const char* encode_tensor_map(TensorMap& map, const void* base, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                              const int (&box)[4], int swizzle) {
+const char* encode_tensor_map(TensorMap& map, const void* base, int rank, const int64_t* sizes, const int64_t* strides,
+                              const int* box, int swizzle) {
+  map = {};
   map.base = base;
+  map.rank = rank;
   map.swizzle = swizzle;
+  if (rank < 3 || rank > 5) return "rank is not 3 to 5";
   if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return "base is not a multiple of 16";
   if (swizzle != 32 && swizzle != 64 && swizzle != 128) return "swizzle is not 32, 64 or 128 bytes";
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < rank; ++i) {
     if (sizes[i] < 1 || sizes[i] > (int64_t(1) << 32)) return "a size is not 1 to 2^32";
     if (box[i] < 1 || box[i] > 256) return "a side of the box is not 1 to 256";
     map.sizes[i] = sizes[i];
     map.box[i] = box[i];
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i + 1 < rank; ++i) {
     if (strides[i] % 16 != 0 || strides[i] < 0 || strides[i] >= (int64_t(1) << 40)) return "a stride is not a multiple of 16";
     map.strides[i] = strides[i];
   }
@@ -118,29 +121,31 @@ const char* encode_tensor_map(TensorMap& map, const void* base, const int64_t (&
   return nullptr;
 }
 
-void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+namespace {
+
+void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int rank, const int* first) {
   Thread& self = *block.current;
   mbarrier_at(barrier);
+  if (map.rank != rank) fail("TMA with %d coordinates of a tensor of %d dimensions", rank, map.rank);
   if (!block.threads[block.mbarriers[barrier].creator].inits_fenced) fail("TMA uses an mbarrier without fence_mbarrier_init");
   if (to % 128 != 0) fail("TMA writes to %u, which is not a multiple of 128", to);
-  const int64_t first[4] = {c0, c1, c2, c3};
   const int row = map.box[0] * 2, units = row / 16;
-  const int rows = map.box[1] * map.box[2] * map.box[3];
+  int rows = 1;
+  for (int i = 1; i < rank; ++i) rows *= map.box[i];
   Tma load{to, barrier, std::vector<unsigned char>(static_cast<size_t>(rows) * row), {}};
   load.offsets.reserve(static_cast<size_t>(rows) * units);
   for (int r = 0; r < rows; ++r) {
-    const int64_t at[4] = {first[0], first[1] + r % map.box[1], first[2] + r / map.box[1] % map.box[2],
-                           first[3] + r / map.box[1] / map.box[2]};
     bool inside = true;
     int64_t offset = 0;
-    for (int i = 1; i < 4; ++i) {
-      inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
-      offset += at[i] * map.strides[i - 1];
+    for (int i = 1, rest = r; i < rank; rest /= map.box[i], ++i) {
+      const int64_t at = static_cast<int64_t>(first[i]) + rest % map.box[i];
+      inside = inside && at >= 0 && at < map.sizes[i];
+      offset += at * map.strides[i - 1];
     }
     for (int x = 0; x < map.box[0] && inside; ++x) {
-      if (at[0] + x < 0 || at[0] + x >= map.sizes[0]) continue;
-      std::memcpy(&load.bytes[static_cast<size_t>(r) * row + 2 * x],
-                  static_cast<const unsigned char*>(map.base) + offset + (at[0] + x) * 2, 2);
+      const int64_t at = static_cast<int64_t>(first[0]) + x;
+      if (at < 0 || at >= map.sizes[0]) continue;
+      std::memcpy(&load.bytes[static_cast<size_t>(r) * row + 2 * x], static_cast<const unsigned char*>(map.base) + offset + at * 2, 2);
     }
     for (int unit = 0; unit < units; ++unit) load.offsets.push_back(swizzled(to + r * row + 16 * unit, map.swizzle));
   }
@@ -149,6 +154,18 @@ void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c
     set_pending(address, 16, true);
   }
   block.loads.push_back(std::move(load));
+}
+
+}  // namespace
+
+void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2) {
+  const int first[3] = {c0, c1, c2};
+  load_box(to, map, barrier, 3, first);
+}
+
+void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+  const int first[4] = {c0, c1, c2, c3};
+  load_box(to, map, barrier, 4, first);
 }
 
 bool land_load() {

@@ -342,6 +342,7 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   if (threads <= 0 || threads % LANES != 0) fail("barrier %d for %d threads: whole warps meet", id, threads);
   if (barrier.arrived == 0) {
     barrier.expected = threads;
+    barrier.any = false;
     barrier.clock.assign(block.components, 0);
   } else if (barrier.expected != threads) {
     fail("barrier %d for %d threads, where others came for %d", id, threads, barrier.expected);
@@ -349,7 +350,10 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   for (int waiting : barrier.waiting) {
     if (waiting == warp) fail("warp %d comes twice to barrier %d", warp, id);
   }
-  for (int lane = 0; lane < LANES; ++lane) release(warp * LANES + lane, barrier.clock);
+  for (int lane = 0; lane < LANES; ++lane) {
+    release(warp * LANES + lane, barrier.clock);
+    if (block.warps[warp].operands[lane] != nullptr) barrier.any |= operand_of<Vote<bool>>(warp, lane).in;
+  }
   barrier.arrived += LANES;
   if (waits) barrier.waiting.push_back(warp);
   if (barrier.arrived < barrier.expected) return !waits;
@@ -357,7 +361,10 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   barrier.waiting.clear();
   barrier.arrived = 0;
   for (int other : waiting) {
-    for (int lane = 0; lane < LANES; ++lane) acquire(other * LANES + lane, barrier.clock);
+    for (int lane = 0; lane < LANES; ++lane) {
+      acquire(other * LANES + lane, barrier.clock);
+      if (block.warps[other].operands[lane] != nullptr) operand_of<Vote<bool>>(other, lane).out = barrier.any;
+    }
     if (other != warp) wake_warp(other);
   }
   return true;
@@ -389,6 +396,13 @@ void named_barrier_wait(int id, int threads) {
 void named_barrier_arrive(int id, int threads) {
   check_id(id);
   meet("named_barrier_arrive", (static_cast<int64_t>(id) << 32) + threads, nullptr, pass_barrier);
+}
+
+bool named_barrier_any(int id, int threads, bool x) {
+  check_id(id);
+  Vote<bool> own{x, false};
+  meet("named_barrier_any", (static_cast<int64_t>(id) << 32) + threads, &own, meet_at_barrier);
+  return own.out;
 }
 
 void warp_barrier() {

@@ -86,6 +86,7 @@ struct Warp {
 struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<int> waiting;  // warps
+  bool any = false;
   std::vector<uint32_t> clock;
 };
 
@@ -154,6 +155,11 @@ void wake_warp(int warp);
 // Called by every lane of a warp with its own operand; the last one runs compute(warp, key), which returns whether the lanes go on
 // at once. Lanes that meet in different operations or with different keys end the run.
 void meet(const char* operation, int64_t key, void* operand, bool (*compute)(int warp, int64_t key));
+template <class X>
+struct Vote {
+  X in, out;
+};
+
 template <class Operand>
 Operand& operand_of(int warp, int lane) {
   return *static_cast<Operand*>(block.warps[warp].operands[lane]);

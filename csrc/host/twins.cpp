@@ -106,11 +106,6 @@ bool mma_of_warp(int warp, int64_t bf16) {
   return true;
 }
 
-template <class X>
-struct Shuffle {
-  X in, out;
-};
-
 }  // namespace
 
 float to_float(uint16_t x, bool bf16) { return bf16 ? bits_float(static_cast<uint32_t>(x) << 16) : halves.value[x]; }
@@ -141,10 +136,10 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 }
 
 float shuffle_xor(float x, int lanes) {
-  Shuffle<float> own{x, 0.0f};
+  Vote<float> own{x, 0.0f};
   meet("shuffle_xor", lanes, &own, [](int warp, int64_t key) {
     for (int lane = 0; lane < LANES; ++lane) {
-      operand_of<Shuffle<float>>(warp, lane).out = operand_of<Shuffle<float>>(warp, (lane ^ static_cast<int>(key)) % LANES).in;
+      operand_of<Vote<float>>(warp, lane).out = operand_of<Vote<float>>(warp, (lane ^ static_cast<int>(key)) % LANES).in;
     }
     return true;
   });
@@ -154,11 +149,11 @@ float shuffle_xor(float x, int lanes) {
 uint32_t shuffle_xor(uint32_t x, int lanes) { return float_bits(shuffle_xor(bits_float(x), lanes)); }
 
 bool any(bool x) {
-  Shuffle<bool> own{x, false};
+  Vote<bool> own{x, false};
   meet("any", 0, &own, [](int warp, int64_t) {
     bool found = false;
-    for (int lane = 0; lane < LANES; ++lane) found |= operand_of<Shuffle<bool>>(warp, lane).in;
-    for (int lane = 0; lane < LANES; ++lane) operand_of<Shuffle<bool>>(warp, lane).out = found;
+    for (int lane = 0; lane < LANES; ++lane) found |= operand_of<Vote<bool>>(warp, lane).in;
+    for (int lane = 0; lane < LANES; ++lane) operand_of<Vote<bool>>(warp, lane).out = found;
     return true;
   });
   return own.out;

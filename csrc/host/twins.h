@@ -12,9 +12,10 @@ namespace qwen2vl_fast {
 // whose functions would else be found beside the kernel's own.
 struct HostTensorMap {
   const void* base;
-  int64_t sizes[4];    // elements
-  int64_t strides[3];  // bytes, of dimensions 1 to 3
-  int box[4];          // elements
+  int rank;            // 3 to 5
+  int64_t sizes[5];    // elements
+  int64_t strides[4];  // bytes, of dimension 1 on
+  int box[5];          // elements
   int swizzle;         // bytes: 32, 64 or 128
 };
 
@@ -54,8 +55,8 @@ float bits_float(uint32_t x);
 using TensorMap = HostTensorMap;
 
 // Refuses (returns why, or nullptr) what the driver's encoder refuses.
-const char* encode_tensor_map(TensorMap& map, const void* base, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                              const int (&box)[4], int swizzle);
+const char* encode_tensor_map(TensorMap& map, const void* base, int rank, const int64_t* sizes, const int64_t* strides,
+                              const int* box, int swizzle);
 
 void mbarrier_init(uint32_t barrier, int arrivals);
 void fence_mbarrier_init();
@@ -63,6 +64,7 @@ void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_expect(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void fence_proxy_async();
+void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2);
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3);
 
 void wgmma_fence();             // warp
@@ -76,6 +78,7 @@ void give_registers(int registers);                 // warp
 void take_registers(int registers);                 // warp
 void named_barrier_wait(int id, int threads);       // warp
 void named_barrier_arrive(int id, int threads);     // warp
+bool named_barrier_any(int id, int threads, bool x);  // warp; whether x holds in a thread that meets there
 
 }  // namespace host
 

@@ -131,7 +131,7 @@ struct Faults {
       for (int i = 0; i < ROUNDS; ++i) {
         mbarrier_wait(empty, (i & 1) ^ (fault == 16 ? 0 : 1));
         mbarrier_arrive_expect(full, fault == 17 ? BYTES + 16 : BYTES);
-        tma_load(memory, args.map, full, 0, 64 * i, 0, 0);
+        tma_load(memory, args.map, full, 0, 64 * i, 0);
       }
     }
     if (warp < 4) return;
@@ -178,8 +178,8 @@ struct Faults {
 }  // namespace
 
 HOST_ENTRY int misuse(Arguments* args, const host::Run* run) {
-  const int64_t sizes[4] = {16, 128, 1, 1}, strides[3] = {32, 32, 32};
-  const int box[4] = {16, 64, 1, 1};
-  if (const char* refused = host::encode_tensor_map(args->map, args->data, sizes, strides, box, 32)) return host::finish(*run, refused);
+  const int64_t sizes[3] = {16, 128, 1}, strides[2] = {32, 32};
+  const int box[3] = {16, 64, 1};
+  if (const char* refused = host::encode_tensor_map(args->map, args->data, 3, sizes, strides, box, 32)) return host::finish(*run, refused);
   return host::run_kernel<Faults>(*args, *run);
 }

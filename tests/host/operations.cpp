@@ -106,7 +106,7 @@ struct TmaImage : OneWarpgroup<65536> {
     barrier();
     if (thread_index() == 0) {
       mbarrier_arrive_expect(full, n[16]);
-      tma_load(memory, args.map, full, n[12], n[13], n[14], n[15]);
+      host::tma_load(memory, args.map, full, n[12], n[13], n[14], n[15]);
     }
     mbarrier_wait(full, 0);
     for (int i = thread_index(); i < args.plain.words; i += 128) args.plain.out[i] = float_bits(load_shared_float(memory + 4 * i));
@@ -158,7 +158,7 @@ HOST_ENTRY int tma(const Arguments* args, const host::Run* run) {
   TmaImage::Args all = {*args, {}};
   const int64_t sizes[4] = {n[0], n[1], n[2], n[3]}, strides[3] = {n[4], n[5], n[6]};
   const int box[4] = {n[7], n[8], n[9], n[10]};
-  if (const char* refused = host::encode_tensor_map(all.map, args->global, sizes, strides, box, n[11])) return host::finish(*run, refused);
+  if (const char* refused = host::encode_tensor_map(all.map, args->global, 4, sizes, strides, box, n[11])) return host::finish(*run, refused);
   return host::run_kernel<TmaImage>(all, *run);
 }
 
