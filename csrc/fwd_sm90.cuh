@@ -17,19 +17,20 @@ namespace qwen2vl_fast {
 
 struct ForwardSm90Args {
   VarlenAttention problem;
-  // [tokens, heads, D] as {columns, tokens, groups of columns, heads}; a box is all rows of a block.
+  // [tokens, heads, D] as {D, tokens, heads}; a box is 64 (wide) or 16 (narrow) columns of all rows of a block.
   TensorMap q_wide, q_narrow, k_wide, k_narrow, v_wide, v_narrow;
   float scale_log2;  // scale * log2(e)
   uint32_t zero;     // 0, which the compiler can't know
 };
 
-// How [rows, D] lies in shared memory: first all groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of
-// 16 columns with the 32-byte swizzle (160-byte rows fit no wider swizzle as a whole).
-template <int D, int ROWS, bool SPLIT>
+// How [rows, D] lies in shared memory: first groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of 16
+// columns with the 32-byte swizzle. 160-byte rows fit no wider swizzle as a whole; PAD fills the last wide group with zeros instead.
+template <int D, int ROWS_, bool PAD>
 struct Layout {
-  static constexpr int WIDE = SPLIT ? D / 64 : 0;              // groups of 64 columns
-  static constexpr int NARROW = (D - 64 * WIDE) / 16;          // groups of 16 columns
-  static constexpr int BYTES = ROWS * D * 2;
+  static constexpr int ROWS = ROWS_;
+  static constexpr int WIDE = PAD ? (D + 63) / 64 : D / 64;
+  static constexpr int NARROW = PAD ? 0 : D % 64 / 16;
+  static constexpr int BYTES = ROWS * (128 * WIDE + 32 * NARROW);
   static constexpr int STRIDE = (BYTES + 1023) / 1024 * 1024;  // the 128-byte swizzle repeats after 1024 bytes
   static constexpr int NARROW_OFFSET = ROWS * 128 * WIDE;
   static constexpr uint32_t WIDE_HIGH = (8 * 128 >> 4) | (1u << 30);
@@ -42,21 +43,22 @@ struct Layout {
   }
 };
 
-template <bool BF16_, int D_, int ROWS_, int KEYS_, int STAGES_, bool CAUSAL_, int IN_TURN_ = 0, int POLY_ = 0, bool SPLIT_ = true,
-          bool SPLIT_V_ = D_ != 80>
+template <bool BF16_, int D_, int ROWS_, int KEYS_, int STAGES_, bool CAUSAL_, int IN_TURN_ = 0, int POLY_ = 0, bool PAD_V_ = true,
+          int EARLY_ = 4>
 struct ForwardSm90 {
   static constexpr bool BF16 = BF16_, CAUSAL = CAUSAL_;
   static constexpr int IN_TURN = IN_TURN_;
   static constexpr int D = D_, ROWS = ROWS_, KEYS = KEYS_, STAGES = STAGES_, POLY = POLY_;
+  static constexpr int EARLY = EARLY_;  // groups of 16 keys that are exponentiated while P V of the block before runs
   static constexpr int CONSUMERS = ROWS / 64;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
   static constexpr int BLOCKS = 1;
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : CONSUMERS == 2 ? 40 : 56;
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : CONSUMERS == 2 ? 232 : 248;
 
-  using QLayout = Layout<D, ROWS, SPLIT_>;
-  using KLayout = Layout<D, KEYS, SPLIT_>;
-  using VLayout = Layout<D, KEYS, SPLIT_V_>;
+  using QLayout = Layout<D, ROWS, false>;
+  using KLayout = Layout<D, KEYS, false>;
+  using VLayout = Layout<D, KEYS, PAD_V_>;
 
   // Shared memory, in bytes from a multiple of 1024 on (the period of the 128-byte swizzle).
   static constexpr int SLOTS = 2;  // tiles whose Q is there
@@ -128,8 +130,11 @@ struct ForwardSm90 {
 
   template <class Where>
   static DEV void load(uint32_t to, const TensorMap& wide, const TensorMap& narrow, uint32_t barrier, int row, int head) {
-    if (Where::WIDE > 0) tma_load(to, wide, barrier, 0, row, 0, head);
-    if (Where::NARROW > 0) tma_load(to + Where::NARROW_OFFSET, narrow, barrier, 0, row, 0, head);
+#pragma unroll
+    for (int i = 0; i < Where::WIDE; ++i) tma_load(to + i * Where::ROWS * 128, wide, barrier, 64 * i, row, head);
+#pragma unroll
+    for (int i = 0; i < Where::NARROW; ++i)
+      tma_load(to + Where::NARROW_OFFSET + i * Where::ROWS * 32, narrow, barrier, 64 * Where::WIDE + 16 * i, row, head);
   }
 
   static DEV void produce(const ForwardSm90Args& args, uint32_t smem) {
@@ -225,63 +230,80 @@ struct ForwardSm90 {
     Scores s;
     Output o;
     Probabilities p;
-    float m[2], l[2];  // of rows `row` and `row + 8`: running maximum, this thread's share of the sum of exponentials
+    Softmax state;
 
     if (IN_TURN && warpgroup == CONSUMERS - 1) named_barrier_arrive(1, 256);
     Work work = next_tile(args, smem, slot, row);
     if (work.rows == 0) return;
     int block = key_blocks(work.keys) - 1;
 
+    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
+    auto products = [&] {
+      mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
+      if (IN_TURN) named_barrier_wait(1 + warpgroup, 256);
+      wgmma_fence();
+      scores(s, smem, slot.at, k.at, warpgroup);
+      wgmma_commit();
+      accumulate(o, p, smem, v.at);
+      wgmma_commit();
+      if (IN_TURN) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
+      wgmma_wait<1>();
+    };
+    auto release_k = [&] {
+      if (lane == 0) mbarrier_arrive(smem + K_EMPTY + 8 * k.at);
+      k.next();
+    };
+    // The end of both, and V of the block whose P is nearly known.
+    auto finish = [&] {
+      const int used = v.at;
+      v.next();
+      // The next V is awaited here, at an address that depends on the exponentials so far: else ptxas moves the wait below above
+      // them, and P V no longer runs under them.
+      mbarrier_wait(smem + V_FULL + 8 * v.at + ((float_bits(state.sum[0]) ^ float_bits(state.sum[1])) & args.zero), v.parity);
+      wgmma_wait<0>();
+      if (lane == 0) mbarrier_arrive(smem + V_EMPTY + 8 * used);
+    };
+
     mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
     wgmma_fence();
     scores(s, smem, slot.at, k.at, warpgroup);
     wgmma_commit();
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(smem + K_EMPTY + 8 * k.at);
-    k.next();
-    begin(m, l, o);
+    release_k();
+    clear(o);
+    state.begin();
     mask(s, work, row, block);
     float factor[2];
-    exponentiate(s, m, l, scale, factor);
+    exponentiate_exactly(s, state, scale, factor);
     pack_all(p, s);
     mbarrier_wait(smem + V_FULL + 8 * v.at, v.parity);
-
-    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
-    auto products = [&](int slot_at) {
-      mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
-      if (IN_TURN) named_barrier_wait(1 + warpgroup, 256);
-      wgmma_fence();
-      scores(s, smem, slot_at, k.at, warpgroup);
-      wgmma_commit();
-      accumulate(o, p, smem, v.at);
-      wgmma_commit();
-      if (IN_TURN == 1) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
-      wgmma_wait<1>();
-      if (IN_TURN == 2) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
-      if (lane == 0) mbarrier_arrive(smem + K_EMPTY + 8 * k.at);
-      k.next();
-    };
-    auto products_end = [&](float late_on) {
-      const int used = v.at;
-      v.next();
-      // The next V is awaited here, at an address that depends on the last exponential: else ptxas moves the wait below above
-      // the exponentials, and P V no longer runs under them.
-      const uint32_t late = float_bits(late_on) & args.zero;
-      mbarrier_wait(smem + V_FULL + 8 * v.at + late, v.parity);
-      wgmma_wait<0>();
-      if (lane == 0) mbarrier_arrive(smem + V_EMPTY + 8 * used);
-    };
 
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
       for (--block; block >= 0; --block) {
-        products(slot.at);
-        if (CAUSAL && (block + 1) * KEYS > first_masked(work, warpgroup)) mask(s, work, row, block);
-        exponentiate(s, m, l, scale, factor);
-        products_end(l[0] + l[1]);
-        rescale(o, factor);
+        products();
+        const bool masked = CAUSAL && (block + 1) * KEYS > first_masked(work, warpgroup);
+        if (masked) mask(s, work, row, block);
+        const float saved[2] = {state.sum[0], state.sum[1]};
+        exponentiate<0, EARLY>(s, state, scale);
+        finish();
+        exponentiate<EARLY, KEYS / 16>(s, state, scale);
         pack_all(p, s);
+        const bool outgrown = (row < work.rows && !(state.sum[0] <= LIMIT)) || (row + 8 < work.rows && !(state.sum[1] <= LIMIT));
+        if (named_barrier_any(4 + warpgroup, 128, outgrown)) {
+          state.sum[0] = saved[0];
+          state.sum[1] = saved[1];
+          wgmma_fence();
+          scores(s, smem, slot.at, k.at, warpgroup);
+          wgmma_commit();
+          wgmma_wait<0>();
+          if (masked) mask(s, work, row, block);
+          exponentiate_exactly(s, state, scale, factor);
+          rescale(o, factor);
+          pack_all(p, s);
+        }
+        release_k();
       }
       // The first key block of the next tile goes with the last one of this tile.
       if (lane == 0) mbarrier_arrive(smem + Q_EMPTY + 8 * slot.at);
@@ -289,24 +311,23 @@ struct ForwardSm90 {
       const Work ahead = next_tile(args, smem, slot, row);
       if (ahead.rows == 0) break;
       block = key_blocks(ahead.keys) - 1;
-      products(slot.at);
-      const float old_m[2] = {m[0], m[1]}, old_l[2] = {l[0], l[1]};
-      m[0] = m[1] = -INFINITY;
-      l[0] = l[1] = 0.0f;
+      products();
+      const Softmax done = state;
+      state.begin();
       mask(s, ahead, row, block);
-      exponentiate(s, m, l, scale, factor);
-      products_end(l[0] + l[1]);
-      store(args, work, row, o, old_m, old_l);
+      release_k();
+      exponentiate_exactly(s, state, scale, factor);
+      finish();
+      store(args, work, row, o, done);
       work = ahead;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+      clear(o);
       pack_all(p, s);
     }
     wgmma_fence();
     accumulate(o, p, smem, v.at);
     wgmma_commit();
     wgmma_wait<0>();
-    store(args, work, row, o, m, l);
+    store(args, work, row, o, state);
   }
 
   // The next tile that has keys; rows without keys are written on the way.
@@ -323,9 +344,17 @@ struct ForwardSm90 {
     }
   }
 
-  static DEV void begin(float (&m)[2], float (&l)[2], Output& o) {
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0.0f;
+  // Of a thread's two rows: the reference that exponents are taken from, scale * log2(e) included, and this thread's share of the sum
+  // of exponentials.
+  struct Softmax {
+    float top[2], sum[2];
+    DEV void begin() {
+      top[0] = top[1] = -INFINITY;
+      sum[0] = sum[1] = 0.0f;
+    }
+  };
+
+  static DEV void clear(Output& o) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
   }
@@ -346,9 +375,9 @@ struct ForwardSm90 {
     const uint32_t v = (smem + V + stage * VLayout::STRIDE) >> 4;
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
-      if constexpr (VLayout::WIDE > 0)
-        WgmmaRegisters<BF16, 64 * VLayout::WIDE>::run(reinterpret_cast<float(&)[32 * VLayout::WIDE]>(o), p[step],
-                                                      (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
+      constexpr int COLUMNS = D < 64 * VLayout::WIDE ? D : 64 * VLayout::WIDE;  // of the wide groups
+      WgmmaRegisters<BF16, COLUMNS>::run(reinterpret_cast<float(&)[COLUMNS / 2]>(o), p[step],
+                                         (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
       if constexpr (VLayout::NARROW > 0)
         WgmmaRegisters<BF16, 16 * VLayout::NARROW>::run(
             reinterpret_cast<float(&)[8 * VLayout::NARROW]>(o[32 * VLayout::WIDE]), p[step],
@@ -369,38 +398,47 @@ struct ForwardSm90 {
       if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY;
   }
 
-  // s -> 2^(scale s - scale m) with the running maximum m; l is multiplied by `factor` and gathers this thread's exponentials.
-  // What was accumulated before is to be multiplied by `factor` too.
-  static DEV void exponentiate(Scores& s, float (&m)[2], float (&l)[2], float scale, float (&factor)[2]) {
+  // Softmax needs no maximum, only a reference that keeps the exponentials in range, and floating point is as exact at 2^60 as at 1.
+  // So a row's reference is the maximum of its first key block and stays while the sum stays under LIMIT, which bounds every term;
+  // a block that breaks it (or has a NaN, or a row's first keys) is computed again, with its maximum. float16 holds P to 2^16 only.
+  static constexpr float LIMIT = BF16 ? 18446744073709551616.0f : 32768.0f;  // 2^64, 2^15
+
+  // s -> 2^(scale s - top) for groups FIRST to LAST of 16 keys.
+  template <int FIRST, int LAST>
+  static DEV void exponentiate(Scores& s, Softmax& state, float scale) {
+#pragma unroll
+    for (int i = 8 * FIRST; i < 8 * LAST; ++i) {
+      s[i] = fmaf(s[i], scale, -state.top[i / 2 % 2]);
+      s[i] = POLY > 0 && i / 2 % (POLY > 0 ? POLY : 1) == 0 && i % 2 == 0 ? exp2_polynomial(s[i]) : exp2_fast(s[i]);
+      state.sum[i / 2 % 2] += s[i];
+    }
+  }
+
+  // The same for all keys of a block, with a new reference where the maximum, or the sum so far, calls for one; what was accumulated
+  // before is then to be multiplied by `factor`.
+  static DEV void exponentiate_exactly(Scores& s, Softmax& state, float scale, float (&factor)[2]) {
+    float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top[2] = {s[2 * r], s[2 * r + 1]};
+      float most = s[2 * r];
 #pragma unroll
-      for (int i = 4; i < KEYS / 2; i += 4) {
-        top[0] = fmaxf(top[0], s[i + 2 * r]);
-        top[1] = fmaxf(top[1], s[i + 2 * r + 1]);
-      }
-      float candidate = fmaxf(m[r], fmaxf(top[0], top[1]));
-      candidate = fmaxf(candidate, shuffle_xor(candidate, 1));
-      candidate = fmaxf(candidate, shuffle_xor(candidate, 2));
-      // A maximum that grows by less than 2^8 is left: P then reaches 256, which sums in float32 and both types hold, and o is
-      // multiplied rarely.
-      const bool grows = !((candidate - m[r]) * scale <= 8.0f);
-      const float before = m[r];
-      m[r] = grows ? candidate : before;
-      const float shift = m[r] == -INFINITY ? 0.0f : m[r] * scale;
-      factor[r] = grows ? exp2_fast(before * scale - shift) : 1.0f;
-      float sum[2] = {0.0f, 0.0f};
+      for (int i = 0; i < KEYS / 2; i += 4) most = fmaxf(most, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+      most = fmaxf(most, shuffle_xor(most, 1));
+      most = fmaxf(most, shuffle_xor(most, 2)) * scale;
+      float total = state.sum[r] + shuffle_xor(state.sum[r], 1);
+      total += shuffle_xor(total, 2);
+      const float before = state.top[r];
+      if (total > 0.0f) most = fmaxf(most, before + log2f(total));
+      const bool grows = !(most - before <= 8.0f) && most != -INFINITY;
+      state.top[r] = grows ? most : before;
+      factor[r] = grows ? exp2_fast(before - most) : 1.0f;
+      state.sum[r] *= factor[r];
+      shift[r] = state.top[r] == -INFINITY ? 0.0f : state.top[r];
+    }
 #pragma unroll
-      for (int i = 0; i < KEYS / 2; i += 4)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[i + 2 * r + c];
-          x = fmaf(x, scale, -shift);
-          x = POLY > 0 && i / 4 % (POLY > 0 ? POLY : 1) == 0 && c == 0 ? exp2_polynomial(x) : exp2_fast(x);
-          sum[c] += x;
-        }
-      l[r] = fmaf(l[r], factor[r], sum[0] + sum[1]);
+    for (int i = 0; i < KEYS / 2; ++i) {
+      s[i] = exp2_fast(fmaf(s[i], scale, -shift[i / 2 % 2]));
+      state.sum[i / 2 % 2] += s[i];
     }
   }
 
@@ -417,12 +455,6 @@ struct ForwardSm90 {
     return bits_float(float_bits(y) + (float_bits(n) << 23));
   }
 
-  static DEV void rescale(Output& o, const float (&factor)[2]) {
-    if (!any(factor[0] != 1.0f || factor[1] != 1.0f)) return;
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] *= factor[i / 2 % 2];
-  }
-
   // The accumulator's layout is, pair by pair, that of the operand.
   static DEV void pack_all(Probabilities& p, const Scores& s) {
 #pragma unroll
@@ -431,14 +463,18 @@ struct ForwardSm90 {
       for (int j = 0; j < 4; ++j) p[i][j] = pack<BF16>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
   }
 
-  static DEV void store(const ForwardSm90Args& args, const Work& work, int row, const Output& o, const float (&m)[2],
-                        const float (&l)[2]) {
+  static DEV void rescale(Output& o, const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] *= factor[i / 2 % 2];
+  }
+
+  static DEV void store(const ForwardSm90Args& args, const Work& work, int row, const Output& o, const Softmax& state) {
     const VarlenAttention& problem = args.problem;
     const int lane = thread_index() % 32;
     const int quad = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = l[r] + shuffle_xor(l[r], 1);
+      float sum = state.sum[r] + shuffle_xor(state.sum[r], 1);
       sum += shuffle_xor(sum, 2);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       uint32_t x[D / 8];
@@ -447,7 +483,7 @@ struct ForwardSm90 {
       const bool valid = row + 8 * r < work.rows;
       const int64_t token = work.q_row + row + 8 * r;
       if (valid && quad == 0)
-        problem.lse[work.head * int64_t(problem.T) + token] = sum == 0.0f ? -INFINITY : (m[r] * args.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+        problem.lse[work.head * int64_t(problem.T) + token] = sum == 0.0f ? -INFINITY : (state.top[r] + log2f(sum)) * 0.6931471805599453f;
       uint16_t* out = static_cast<uint16_t*>(problem.o) + token * problem.o_stride_t + work.head * problem.o_stride_h;
       // Four lanes hold 32 columns of a row in pairs; after a transposition each holds 8 neighbours.
 #pragma unroll

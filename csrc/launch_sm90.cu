@@ -36,18 +36,17 @@ Encode encoder() {
   return function;
 }
 
-// x [tokens, heads, D] as {columns, tokens, groups of `columns`, heads} from column `first` on; a box is `rows` tokens of a head.
-TensorMap tensor_map(const char* name, bool bf16, const void* x, int tokens, int heads, int64_t stride_t, int64_t stride_h, int first,
-                     int columns, int groups, int rows) {
+// x [tokens, heads, D] as {D, tokens, heads}; a box is `columns` of `rows` tokens of a head.
+TensorMap tensor_map(const char* name, bool bf16, const void* x, int D, int tokens, int heads, int64_t stride_t, int64_t stride_h, int columns,
+                     int rows) {
   TensorMap map;
   // A tensor without rows is never loaded, yet a map of no rows can't be made.
-  const cuuint64_t sizes[4] = {cuuint64_t(columns), cuuint64_t(std::max(tokens, 1)), cuuint64_t(groups), cuuint64_t(heads)};
-  const cuuint64_t strides[3] = {cuuint64_t(stride_t) * 2, cuuint64_t(columns) * 2, cuuint64_t(stride_h) * 2};
-  const cuuint32_t box[4] = {cuuint32_t(columns), cuuint32_t(rows), cuuint32_t(groups), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  void* start = static_cast<uint16_t*>(const_cast<void*>(x)) + first;
-  const CUresult status = encoder()(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, start, sizes,
-                                    strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  const cuuint64_t sizes[3] = {cuuint64_t(D), cuuint64_t(std::max(tokens, 1)), cuuint64_t(heads)};
+  const cuuint64_t strides[2] = {cuuint64_t(stride_t) * 2, cuuint64_t(stride_h) * 2};
+  const cuuint32_t box[3] = {cuuint32_t(columns), cuuint32_t(rows), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult status = encoder()(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<void*>(x),
+                                    sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                     columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
@@ -57,20 +56,19 @@ TensorMap tensor_map(const char* name, bool bf16, const void* x, int tokens, int
 }
 
 template <class Layout>
-void tensor_maps(TensorMap& wide, TensorMap& narrow, const char* name, bool bf16, const void* x, int tokens, int heads, int64_t stride_t,
+void tensor_maps(TensorMap& wide, TensorMap& narrow, const char* name, bool bf16, const void* x, int D, int tokens, int heads, int64_t stride_t,
                  int64_t stride_h, int rows) {
-  if (Layout::WIDE > 0) wide = tensor_map(name, bf16, x, tokens, heads, stride_t, stride_h, 0, 64, Layout::WIDE, rows);
-  if (Layout::NARROW > 0)
-    narrow = tensor_map(name, bf16, x, tokens, heads, stride_t, stride_h, 64 * Layout::WIDE, 16, Layout::NARROW, rows);
+  if (Layout::WIDE > 0) wide = tensor_map(name, bf16, x, D, tokens, heads, stride_t, stride_h, 64, rows);
+  if (Layout::NARROW > 0) narrow = tensor_map(name, bf16, x, D, tokens, heads, stride_t, stride_h, 16, rows);
 }
 
 template <class Kernel>
 void launch(const VarlenAttention& p, cudaStream_t stream) {
   ForwardSm90Args args;
   args.problem = p;
-  tensor_maps<typename Kernel::QLayout>(args.q_wide, args.q_narrow, "q", p.bfloat16, p.q, p.T, p.H, p.q_stride_t, p.q_stride_h, Kernel::ROWS);
-  tensor_maps<typename Kernel::KLayout>(args.k_wide, args.k_narrow, "k", p.bfloat16, p.k, p.Tk, p.Hk, p.k_stride_t, p.k_stride_h, Kernel::KEYS);
-  tensor_maps<typename Kernel::VLayout>(args.v_wide, args.v_narrow, "v", p.bfloat16, p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h, Kernel::KEYS);
+  tensor_maps<typename Kernel::QLayout>(args.q_wide, args.q_narrow, "q", p.bfloat16, p.q, p.D, p.T, p.H, p.q_stride_t, p.q_stride_h, Kernel::ROWS);
+  tensor_maps<typename Kernel::KLayout>(args.k_wide, args.k_narrow, "k", p.bfloat16, p.k, p.D, p.Tk, p.Hk, p.k_stride_t, p.k_stride_h, Kernel::KEYS);
+  tensor_maps<typename Kernel::VLayout>(args.v_wide, args.v_narrow, "v", p.bfloat16, p.v, p.D, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h, Kernel::KEYS);
   args.scale_log2 = p.scale * 1.4426950408889634f;
   args.zero = 0;
   auto* kernel = &entry<Kernel, ForwardSm90Args>;

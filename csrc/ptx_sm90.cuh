@@ -80,14 +80,14 @@ DEV void fence_proxy_async() {
 
 // Copies a box of a tensor to shared memory at `to`; its bytes count towards the phase of `barrier`. Coordinates are innermost
 // first, in elements; what lies outside the tensor is filled with zeros and counted like the rest.
-DEV void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+DEV void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 #else
-  host::tma_load(to, map, barrier, c0, c1, c2, c3);
+  host::tma_load(to, map, barrier, c0, c1, c2);
 #endif
 }
 
@@ -163,6 +163,26 @@ DEV void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
   host::named_barrier_arrive(id, threads);
+#endif
+}
+
+// Waits like named_barrier_wait; true in all threads if it is in one.
+DEV bool named_barrier_any(int id, int threads, bool x) {
+#ifdef __CUDACC__
+  int y;
+  asm volatile(
+      "{\n"
+      ".reg .pred x, y;\n"
+      "setp.ne.b32 x, %1, 0;\n"
+      "barrier.cta.red.or.pred y, %2, %3, x;\n"
+      "selp.b32 %0, 1, 0, y;\n"
+      "}\n"
+      : "=r"(y)
+      : "r"(int(x)), "r"(id), "r"(threads)
+      : "memory");
+  return __any_sync(0xffffffffu, y != 0);  // the same in all lanes; so the compiler learns that a branch on it is taken together
+#else
+  return host::named_barrier_any(id, threads, x);
 #endif
 }
 
