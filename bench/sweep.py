@@ -3,18 +3,24 @@
     python -m bench.sweep [FAMILY ...] [--repeats 5] [--save]
 
 A family is one kernel at one shape. Every setting has to agree with the first. It is timed at 1024 tokens, where latency
-counts, and at 32768, where bandwidth does; the table is sorted by the latter.
+counts, and at 32768, where bandwidth does; the table is sorted by the latter. All settings are compiled first, in as many
+processes as there are processors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from bench.mrope import positions_of
 from bench.passes import random
@@ -120,45 +126,63 @@ FAMILIES = {
     "swiglu_18944": Family(activation, POINTWISE, activated(18944, "swiglu")),
     "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (32, 128)}, activated(5120, "gelu", True)),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
-    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16, 32), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (2, 4, 8)}, patches),
-    "sums": Family(sums, {"BLOCK_R": (16, 32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (2, 4, 8)}, partial_sums),
+    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16, 32), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (4, 8)}, patches),
+    "sums": Family(sums, {"BLOCK_R": (32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (4, 8)}, partial_sums),
 }
 
 
+def settings(family: Family) -> Iterator[dict[str, int]]:
+    """Every combination; inside the loop it is in force, and behind it what was there before."""
+    before = {name: getattr(family.module, name) for name in family.settings}
+    try:
+        for values in itertools.product(*family.settings.values()):
+            row = dict(zip(family.settings, values, strict=True))
+            _set(family, row)
+            yield row
+    finally:
+        _set(family, before)
+
+
+def _set(family: Family, row: dict[str, int]) -> None:
+    for name, value in row.items():
+        setattr(family.module, name, value)
+
+
+def compile_one(task: tuple[str, dict[str, int]]) -> None:
+    """In a process of its own: leaves the binary in Triton's cache."""
+    name, row = task
+    _set(FAMILIES[name], row)
+    run, _ = FAMILIES[name].call(256)
+    with contextlib.suppress(OutOfResources):
+        run()
+    torch.cuda.synchronize()
+
+
+def compile_all(names: Sequence[str]) -> None:
+    tasks = [(name, row) for name in names for row in settings(FAMILIES[name])]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, tasks, chunksize=2))
+
+
 def sweep(family: Family, repeats: int, copy: float) -> list[dict[str, Any]]:
-    """Every combination of settings, best first; the constants are put back afterwards."""
-    names = list(family.settings)
-    before = {name: getattr(family.module, name) for name in names}
+    """Every setting that fits a multiprocessor, best first."""
     calls = {count: family.call(count) for count in TOKENS}
     expected = {count: [x.clone() for x in run() if x is not None] for count, (run, _) in calls.items()}
     rows = []
-    try:
-        for values in itertools.product(*family.settings.values()):
-            row: dict[str, Any] = dict(zip(names, values, strict=True))
-            for name, value in row.items():
-                setattr(family.module, name, value)
-            try:
-                for count, (run, size) in calls.items():
-                    outs = [x for x in run() if x is not None]
-                    for out, first in zip(outs, expected[count], strict=True):
-                        if float((out.float() - first.float()).norm() / first.float().norm()) > 1e-2:
-                            raise RuntimeError(f"{row}: another result at {count} tokens")
-                    seconds = measure({"run": run}, repeats=repeats, device="cuda")["run"]["median"]
-                    row[f"us_{count}"], row[f"share_{count}"] = seconds * 1e6, size / seconds / copy
-                rows.append(row)
-            except triton_limits() as error:
-                row["refused"] = str(error)[:80]
-    finally:
-        for name, value in before.items():
-            setattr(family.module, name, value)
+    for setting in settings(family):
+        row: dict[str, Any] = dict(setting)
+        try:
+            for count, (run, size) in calls.items():
+                outs = [x for x in run() if x is not None]
+                for out, first in zip(outs, expected[count], strict=True):
+                    if float((out.float() - first.float()).norm() / first.float().norm()) > 1e-2:
+                        raise RuntimeError(f"{row}: another result at {count} tokens")
+                seconds = measure({"run": run}, repeats=repeats, device="cuda")["run"]["median"]
+                row[f"us_{count}"], row[f"share_{count}"] = seconds * 1e6, size / seconds / copy
+        except OutOfResources:
+            continue
+        rows.append(row)
     return sorted(rows, key=lambda row: row[f"us_{TOKENS[-1]}"])
-
-
-def triton_limits() -> tuple[type[Exception], ...]:
-    """What Triton raises for a tile that no multiprocessor holds."""
-    from triton.runtime.errors import OutOfResources
-
-    return (OutOfResources,)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -169,9 +193,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.error(f"unknown family: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         arguments.error("needs a CUDA device")
+    names = options.families or list(FAMILIES)
+    compile_all(names)
     ceiling = ceilings()
     found = []
-    for name in options.families or FAMILIES:
+    for name in names:
         rows = sweep(FAMILIES[name], options.repeats, ceiling["copy_bytes_per_s"])
         found.append({"family": name, "settings": rows})
         least = min(rows, key=lambda row: row[f"us_{TOKENS[0]}"])

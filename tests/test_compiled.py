@@ -32,7 +32,8 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     accesses = row["accesses"]
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
-    if ("STG 16" not in accesses and not name.endswith("sums")) or ("LDG 16" not in accesses and name != "patchify"):
+    wide_store, wide_load = "STG 16" in accesses, {"LDG 16", "LDGSTS 16"} & set(accesses)
+    if not (wide_store or name.endswith("sums")) or not (wide_load or name == "patchify"):
         found.append("no access of 16 bytes")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,3 +24,10 @@ def run(*arguments: str) -> str:
 def test_kernels_under_the_interpreter():
     output = run("-m", "not full and not gpu")
     assert "passed" in output and "skipped" not in output, output
+
+
+@pytest.mark.full
+def test_many_cases_under_the_interpreter():
+    """20 000 cases, in a quarter of an hour."""
+    output = run("-m", "full and not gpu")
+    assert "20 passed" in output, output
