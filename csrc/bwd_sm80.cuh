@@ -55,9 +55,8 @@ struct RowSums {
       if (!valid) continue;
       const int64_t place = static_cast<int64_t>(head) * p.T + row;
       if (lane == 0) {
-        const float lse = p.lse[place];
-        // A row without keys: +inf makes all its weights 0, where -inf would make them NaN.
-        args.shift[place] = lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f;
+        // -inf for a row without keys: its weights are infinite, and every one of them is masked.
+        args.shift[place] = p.lse[place] * 1.44269504088896341f;
         args.delta[place] = sum;
       }
       if (args.dq_sum != nullptr) {

@@ -262,12 +262,15 @@ class Qwen2VL(nn.Module):
 
     def _text_pack(self, position_ids: torch.Tensor, lengths: tuple[int, ...], cache: KVCache | None) -> TextPack:
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        inv_freq, scaling = self.config.text.rope_table()
+        text = self.config.text
+        inv_freq, scaling = text.rope_table()
         return TextPack(
             position_ids=position_ids.to(self.device, non_blocking=True),
             inv_freq=inv_freq.to(self.device, non_blocking=True),
             attention_scaling=scaling,
-            schedule=attention_schedule(bounds, heads=self.config.text.num_attention_heads, device=self.device),
+            schedule=attention_schedule(
+                bounds, heads=text.num_attention_heads, device=self.device, head_dim=text.head_dim, causal=True
+            ),
             cache=cache,
             step=None if cache is None else cache.begin(list(lengths)),
         )

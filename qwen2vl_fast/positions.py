@@ -7,6 +7,7 @@ A grid row is (t, h, w): frame pairs, patch rows, patch columns. Patches are sto
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -162,36 +163,82 @@ class AttentionSchedule:
     """What varlen attention needs to know of a pack, computed once and reused by every layer.
 
     cu_seqlens: [N + 1] int32 on the device. lengths: the N segment lengths, on the host. max_seqlen: their maximum.
-    total: their sum T.
+    total: their sum T. tiles: [M, 8] int32 on a CUDA device, the extension's list of work in blocks of block_m rows for this
+    number of heads and this mask; None elsewhere.
     """
 
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
     max_seqlen: int
     total: int
+    heads: int
+    causal: bool
+    block_m: int
+    tiles: torch.Tensor | None
 
 
-def attention_schedule(cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str) -> AttentionSchedule:
-    """Builds the schedule of a pack on the host; one copy to the device, no sync if the input is on the host.
+def attention_schedule(
+    cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str, head_dim: int = 80, causal: bool = False
+) -> AttentionSchedule:
+    """Builds the schedule of a pack on the host; copies that wait for nobody, no sync if the input is on the host.
 
     Args:
         cu_seqlens_or_grid_thw: [N + 1] int32 boundaries, or an [N, 3] grid (then one segment a frame pair).
-        heads: query heads of the attention that will use it.
+        heads, head_dim, causal: of the attention that will use it.
         device: where the attention runs.
     Raises:
         TypeError, ValueError: boundaries that do not start at 0 or decrease; a bad grid; heads < 1.
     """
     check_integer("heads", heads, 1)
+    check_integer("head_dim", head_dim, 1)
     if check_tensor("cu_seqlens_or_grid_thw", cu_seqlens_or_grid_thw).dim() == 2:
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
-    lengths = cu_seqlens.diff().tolist()
+    lengths, device = tuple(cu_seqlens.diff().tolist()), torch.device(device)
+    block_m, tiles = 0, None
+    if device.type == "cuda":
+        block_m = block_rows(lengths, heads, head_dim, torch.cuda.get_device_capability(device), causal)
+        tiles = attention_tiles(cu_seqlens, heads, block_m, causal).pin_memory().to(device, non_blocking=True)
     return AttentionSchedule(
         cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-        lengths=tuple(lengths),
+        lengths=lengths,
         max_seqlen=max(lengths, default=0),
         total=sum(lengths),
+        heads=heads,
+        causal=causal,
+        block_m=block_m,
+        tiles=tiles,
     )
+
+
+def block_rows(lengths: Sequence[int], heads: int, head_dim: int, capability: tuple[int, int], causal: bool) -> int:
+    """Query rows of a block of the extension's attention: docs/attention.md has the measurements behind it.
+
+    Large blocks read keys less often; small ones waste less at the ends of segments, and fill a device that large ones can't.
+    """
+    large, small = (heads * sum(-(-length // rows) for length in lengths) for rows in (128, 64))
+    return 64 if large < 256 or 2 * large > 1.2 * small else 128
+
+
+def attention_tiles(cu_seqlens: torch.Tensor, heads: int, rows: int, causal: bool) -> torch.Tensor:
+    """The extension's list of work for these boundaries (on the host): [M, 8] int32, Tile of csrc/varlen_attention.h.
+
+    The longest segment comes first, since what starts last should be short. The blocks of one head stand together and share its
+    keys in the cache; under a causal mask the last block, which sees the most keys, leads.
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    order = lengths.argsort(descending=True, stable=True)
+    starts, lengths = starts[order], lengths[order]
+    blocks = (lengths + rows - 1) // rows
+    index, segment = _local_index(blocks * heads)
+    head, block = index // blocks[segment], index % blocks[segment]
+    if causal:
+        block = blocks[segment] - 1 - block
+    length, first = lengths[segment], block * rows
+    count = (length - first).clamp(max=rows)
+    keys = first + count if causal else length
+    zero = torch.zeros_like(first)
+    return torch.stack((starts[segment] + first, count, starts[segment], keys, head, first, zero, zero), 1).int()
 
 
 def check_tensor(name: str, x: torch.Tensor) -> torch.Tensor:

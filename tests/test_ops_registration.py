@@ -60,6 +60,8 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
             (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
         ],
         "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
+        "varlen_attention_cuda": extension_calls(device),
+        "varlen_attention_cuda_backward": [],  # by the gradients of the one above; alone it needs what that one returns
         "patchify": [(frames, torch.float32), (frames, torch.float16)],
         "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
         "linear_cross_entropy_backward": [
@@ -68,6 +70,14 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         ],
         "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],
     }
+
+
+def extension_calls(device: str) -> list[tuple]:
+    if device == "cpu":
+        return []
+    q, k, v = (randn(9, heads, 80, device=device, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    return [(q, k, v, bounds, bounds, None, 0, 0.25, causal, True) for causal in (True, False)]
 
 
 def registered() -> set[str]:

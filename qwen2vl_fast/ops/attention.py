@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..positions import AttentionSchedule, check_cu_seqlens
-from . import checks
+from . import attention_cuda, checks
 from .backends import choose, define
 
 
@@ -44,7 +44,8 @@ def varlen_attention(
         scale: None = D^-0.5.
         causal: bottom-right aligned causal mask.
         deterministic: bit-equal gradients; None = torch.are_deterministic_algorithms_enabled().
-        schedule: positions.attention_schedule(...) of the queries' segments, built once for all layers.
+        schedule: positions.attention_schedule(...) of the queries' segments, built once for all layers. The cuda backend uses
+            its list of work where heads, mask and keys are those it was made for, and else builds one on the device.
         return_lse: also return the log-sum-exp.
         backend: None for the fastest that can run the tensors.
     Returns: o [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural log, not differentiable.
@@ -59,7 +60,14 @@ def varlen_attention(
         _check_schedule(schedule, cu_seqlens, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(checks.number("scale", scale))
     bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    name = choose("varlen_attention", backend, q.device)
+    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    name = choose("varlen_attention", backend, q.device, attention_cuda.refuses(q))
+    if name == "cuda":
+        own = schedule is not None and cu_seqlens_k is None and attention_cuda.fits(schedule, q.shape[1], causal)
+        o, lse = attention_cuda.attention(
+            q, k, v, cu_seqlens, bounds_k, schedule if own else None, scale, causal, bool(deterministic)
+        )
+        return (o, lse.detach()) if return_lse else o
     if name == "torch" and not _has_varlen(q):
         o, lse = _attention(q, k, v, cu_seqlens, bounds_k, scale, causal)
         return (o, lse.detach().float()) if return_lse else o
@@ -69,7 +77,6 @@ def varlen_attention(
     if max_seqlen_k is None:
         max_seqlen_k = max_seqlen if cu_seqlens_k is None else _longest(cu_seqlens_k)
     run = _flash_attn if name == "flash" else _torch_varlen
-    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     o, lse = run(q, k, v, cu_seqlens, bounds_k, max_seqlen, max_seqlen_k, scale, causal, deterministic)
     return (o, lse.detach().float()) if return_lse else o
 

@@ -18,7 +18,7 @@ OPS = (
     "linear_cross_entropy", "rms_norm", "layer_norm", "quick_gelu", "gelu", "swiglu",
 )  # fmt: skip
 _TRITON = tuple(op for op in OPS if op not in ("varlen_attention", "linear_cross_entropy"))
-_WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": _TRITON, "cuda": ()}
+_WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": _TRITON, "cuda": ("varlen_attention",)}
 _PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS}
 
 _model_backend: ContextVar[str | None] = ContextVar("qwen2vl_fast_backend", default=None)
@@ -90,11 +90,15 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
         return "no CUDA device"
     if device not in (None, "cuda"):
         return f"the tensors are on {device}, not on a CUDA device"
+    if backend == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"the extension needs compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
     return None
 
 
-def choose(op: str, backend: str | None, device: torch.device) -> str:
+def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str | None = None) -> str:
     """The backend that will run `op`: the one asked for, or the fastest that can.
+
+    cuda_refuses: why the extension can't take these very tensors, if it can't.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here. The first time
     that a CUDA tensor gets less than the backend made for it, a warning says which and why.
@@ -104,15 +108,17 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
         backend = _model_backend.get()
     if backend is not None:
         _known(backend)
-        if reason := unusable(op, backend, device.type):
+        if reason := unusable(op, backend, device.type) or (cuda_refuses if backend == "cuda" else None):
             raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
         return backend
     for name in BACKENDS:
+        if name == "cuda" and cuda_refuses:
+            continue
         if unusable(op, name, device.type) is None and (name != "triton" or device.type == "cuda"):
             break
     if device.type == "cuda" and name != _PREFERRED[op] and not _warned:
         _warned = True
-        reason = unusable(op, _PREFERRED[op], device.type)
+        reason = unusable(op, _PREFERRED[op], device.type) or cuda_refuses
         warnings.warn(
             f"{op} runs on the {name} backend: {reason}. qwen2vl_fast.backends() lists every op; this is said once.",
             stacklevel=3,

@@ -1,0 +1,124 @@
+"""The sm_80 backward on the CPU, as an op with gradients."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.compare import guard
+from tests.host import build
+from tests.host.runner import VarlenAttention, call, load, tiles
+
+
+class VarlenAttentionBackward(ctypes.Structure):
+    """csrc/varlen_attention.h"""
+
+    _fields_ = [
+        ("problem", VarlenAttention), ("key_tiles", ctypes.c_void_p), ("key_tile_count", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "shift", "delta", "dq_sum")),
+        *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("grad", "dq", "dk", "dv") for axis in "th"),
+    ]  # fmt: skip
+
+
+def key_tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int, causal: bool) -> Tensor:
+    """The list of work by keys, re-derived from csrc/varlen_attention.h's description."""
+    found, q_row, k_row = [], 0, 0
+    for length, key_count in zip(lengths, keys, strict=True):
+        for first in range(0, key_count, rows):
+            count = min(rows, key_count - first)
+            seeing = [i for i in range(length) if not causal or i + key_count - length >= first]
+            start = seeing[0] if seeing else length
+            diagonal = start + key_count - length - first
+            found += [[q_row + start, length - start, k_row + first, count, head, diagonal, 0, 0] for head in range(heads)]
+        q_row, k_row = q_row + length, k_row + key_count
+    return torch.tensor(found, dtype=torch.int32).reshape(-1, 8)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A differentiable op of the two kernels' libraries. rows: of the blocks, in both directions; add_dq: not deterministic."""
+
+    rows: int = 64
+    add_dq: bool = False
+    grid: int = 3
+    seed: int = 0
+    races: bool = True
+    shuffled: bool = False  # tiles in another order
+    csrc: object = build.CSRC
+
+    def __call__(self, q, k, v, cu_seqlens, *, cu_seqlens_k=None, scale=None, causal=False, return_lse=True):
+        lengths = cu_seqlens.diff().tolist()
+        keys = lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        o, lse = _Function.apply(q, k, v, self, lengths, keys, scale, causal)
+        return (o, lse) if return_lse else o
+
+    def problem(self, q, k, v, o, lse, work, scale, causal) -> VarlenAttention:
+        views = {"q": q, "k": k, "v": v, "o": o}
+        return VarlenAttention(
+            **{name: x.data_ptr() for name, x in views.items()},
+            lse=lse.data_ptr(), tiles=work.data_ptr(), tile_count=len(work),
+            T=q.shape[0], Tk=k.shape[0], H=q.shape[1], Hk=k.shape[1], D=q.shape[2],
+            **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
+            scale=scale, causal=causal, bfloat16=q.dtype == torch.bfloat16,
+        )  # fmt: skip
+
+    def launch(self, function, *arguments) -> None:
+        call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
+
+    def ordered(self, work: Tensor) -> Tensor:
+        if not self.shuffled:
+            return work
+        return work[torch.randperm(len(work), generator=torch.Generator().manual_seed(self.seed))].contiguous()
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, op, lengths, keys, scale, causal):
+        o = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+        lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
+        work = op.ordered(tiles(lengths, keys, q.shape[1], op.rows, causal))
+        problem = op.problem(q, k, v, o, lse, work, scale, causal)
+        op.launch(load(_library("fwd_sm80", op.csrc)).forward_sm80, ctypes.byref(problem), op.rows)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = op, lengths, keys, scale, causal
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, v, o, lse = ctx.saved_tensors
+        op, lengths, keys, scale, causal = ctx.rest
+        grad = grad.contiguous()
+        nan = functools.partial(torch.full, fill_value=torch.nan)
+        outputs = [guard(nan(x.shape, dtype=x.dtype), strided=True) for x in (q, k, v)]
+        workspace = [guard(nan(lse.shape), strided=False) for _ in range(2)]
+        if op.add_dq:
+            workspace.append(guard(nan(q.shape), strided=False))
+        work = op.ordered(tiles(lengths, keys, q.shape[1], op.rows, causal))
+        by_keys = op.ordered(key_tiles(lengths, keys, k.shape[1], op.rows, causal))
+        views = {"grad": grad} | {f"d{n}": x.view for n, x in zip("qkv", outputs, strict=True)}
+        args = VarlenAttentionBackward(
+            problem=op.problem(q, k, v, o, lse, work, scale, causal), key_tiles=by_keys.data_ptr(), key_tile_count=len(by_keys),
+            **{name: x.data_ptr() for name, x in views.items()},
+            **{n: x.view.data_ptr() for n, x in zip(("shift", "delta", "dq_sum"), workspace, strict=False)},
+            **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
+        )  # fmt: skip
+        function = load(_library("bwd_sm80", op.csrc)).backward_sm80
+        for kernel in ("row_sums", "keys", "round" if op.add_dq else "queries"):
+            op.launch(function, ctypes.byref(args), kernel.encode(), op.rows)
+        results = [x.view.clone() for x in outputs]
+        for guarded in (*outputs, *workspace):
+            guarded.view.fill_(torch.nan)
+            guarded.check("output")
+        return *results, None, None, None, None, None
+
+
+@functools.cache
+def _library(unit: str, csrc) -> object:
+    return build.library(unit, csrc)

@@ -1,0 +1,105 @@
+"""Bugs planted into the sm_80 backward: each is caught on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from tests.host import build, test_bwd_sm80
+from tests.host.backward import Attention
+from tests.host.runner import HostError
+
+
+def check_values(csrc, *, races: bool = False, seed: int = 0) -> None:
+    """By the rule and without the race detector: lengths at the edges of blocks and steps, both ways to dq."""
+    for add_dq in (False, True):
+        op = Attention(64, add_dq, grid=1, seed=seed, races=races, csrc=csrc)
+        test_bwd_sm80.hold(op, [65, 1, 0, 130], heads=4, heads_k=2)
+        test_bwd_sm80.hold(op, [65, 30], keys=[70, 150], causal=True)
+        test_bwd_sm80.hold(op, [70, 64], keys=[3, 0], causal=True)
+        test_bwd_sm80.hold(dataclasses.replace(op, rows=128), [129, 40])
+
+
+def check_races(csrc) -> None:
+    check_values(csrc, races=True)
+    for seed in range(1, 4):
+        check_values(csrc, races=True, seed=seed)
+
+
+B, R = "bwd_sm80.cuh", "rows_sm80.cuh"
+BARRIER = "      barrier();  // this step's rows are here for all, and nobody reads the last step's any more\n"
+QUERY_STAGE = "      if (step + 1 < steps) load_step(p, tile"
+KEY_STAGE = "      if (step + 1 < steps) statistic = load_step(args, tile"
+
+# name -> (file, old, new, check that catches it)
+MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
+    "dq_sum is not cleared": (B, "target[piece] = Words4{};", "(void)target;", check_values),
+    "weights from the wrong scale": (
+        B, "x = exp2_fast(fmaf(x, scale_log2, -shift));", "x = exp2_fast(fmaf(x, p.scale, -shift));", check_values),
+    "lse of another row": (
+        B, "const float shift = load_shared_float(stage + STATISTICS + column * 4);",
+        "const float shift = load_shared_float(stage + STATISTICS + (column ^ 1) * 4);", check_values),
+    "the group's last head is left out": (
+        B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
+        check_values),
+    "the group's first head for all": (
+        B, "head = tile.head * (p.H / p.Hk) + step / steps;", "head = tile.head * (p.H / p.Hk);", check_values),
+    "causal mask of dk one too far": (
+        B, "i * 16 + half * 8 > end) x", "i * 16 + half * 8 > end + 1) x", check_values),
+    "mask of dk left out too early": (
+        B, "first + tile.diagonal < BLOCK - 1)", "first + tile.diagonal < BLOCK - 9)", check_values),
+    "keys past the block's end are not masked": (
+        B, " || (ADD_DQ && tile.keys < BLOCK);", ";", test_bwd_sm80.check_low_scores),
+    "mask of dq one short": (
+        B, "if (masked && n * 8 + e >= end) weight = 0.0f;", "if (masked && n * 8 + e >= end - 1) weight = 0.0f;",
+        check_values),
+    "a tail is not masked in dq": (
+        B, "first + STEP > tile.keys || (p.causal", "(p.causal", test_bwd_sm80.check_low_scores),
+    "dk without its scale": (
+        B, "end.keys, dk, p.scale, keys);", "end.keys, dk, 1.0f, keys);", check_values),
+    "one key past the end is written": (
+        R, "if (within < 16 * M_TILES && row < valid) {", "if (within < 16 * M_TILES && row <= valid) {", check_values),
+    "a row past the end is copied": (
+        R, "row + pass < valid ? 16 : 0", "row + pass <= valid ? 16 : 0", test_bwd_sm80.check_isolation),
+    "rows at another padding": (
+        R, "rows + k * 16 * ROW + n * 16);", "rows + k * 16 * (ROW - 16) + n * 16);", check_values),
+    "dq waits for no copy": (
+        B, "      copy_async_wait<0>();\n" + BARRIER + QUERY_STAGE, BARRIER + QUERY_STAGE, check_values),
+    "no barrier before a stage is read in dk": (B, BARRIER + KEY_STAGE, KEY_STAGE, check_races),
+    "no barrier before a stage is read in dq": (B, BARRIER + QUERY_STAGE, QUERY_STAGE, check_races),
+    "no barrier before dS is read": (
+        B, "        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it\n", "",
+        check_races),
+    "no barrier before dk replaces the keys": (
+        B, "    if constexpr (ADD_DQ) barrier();  // all warps are done with", "    // all warps are done with", check_races),
+    "the same stage twice": (
+        B, "memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);\n\n      Step s, slope;",
+        "memory + STAGE_OFFSET + step % STAGES * STAGE);\n\n      Step s, slope;", check_races),
+    "no meeting before the rows are read back": (
+        R, "    warp_barrier();\n    if (lane >= PIECES", "    if (lane >= PIECES", check_races),
+}  # fmt: skip
+QUICK = ("weights from the wrong scale", "no barrier before dS is read", "a row past the end is copied")
+
+
+def check_caught(name: str, folder) -> None:
+    file, old, new, check = MUTANTS[name]
+    csrc = build.altered(folder, file, old, new)
+    with pytest.raises((AssertionError, HostError)):
+        check(csrc)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_caught(name, tmp_path):
+    check_caught(name, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in MUTANTS if name not in QUICK])
+def test_all_caught(name, tmp_path):
+    check_caught(name, tmp_path)
+
+
+def test_unaltered_passes():
+    check_races(build.CSRC)

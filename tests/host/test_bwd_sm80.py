@@ -1,0 +1,161 @@
+"""The sm_80 backward on the CPU: the tolerance rule, isolation, races, order, planted bugs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from qwen2vl_fast import reference
+from tests.compare import Call, bounds_of, evaluate, judge, same_bits
+from tests.host import build
+from tests.host.backward import Attention
+from tests.host.runner import packed_bounds
+from tests.samples import PEERS
+
+EDGES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def sample(
+    lengths, *, keys=None, heads=2, heads_k=2, dim=80, dtype=torch.bfloat16, seed=0, scale=None, causal=False
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors (q, k, v; views of one where the lengths are shared) and the rest of a call."""
+    generator = torch.Generator().manual_seed(seed)
+    total, total_k = sum(lengths), sum(lengths if keys is None else keys)
+    if keys is None:
+        qkv = torch.randn(total, heads + 2 * heads_k, dim, generator=generator).to(dtype)
+        q, k, v = qkv.split((heads, heads_k, heads_k), 1)
+    else:
+        q = torch.randn(total, heads, dim, generator=generator).to(dtype)
+        k, v = (torch.randn(total_k, heads_k, dim, generator=generator).to(dtype) for _ in range(2))
+    rest = {"cu_seqlens": packed_bounds(lengths), "causal": causal}
+    if keys is not None:
+        rest["cu_seqlens_k"] = packed_bounds(keys)
+    if scale is not None:
+        rest["scale"] = scale
+    return {"q": q, "k": k, "v": v}, rest
+
+
+def hold(op: Attention, lengths, *, keys=None, name="", **options) -> dict[str, torch.Tensor]:
+    """Gradients (and outputs) by the rule, per segment."""
+    tensors, rest = sample(lengths, keys=keys, **options)
+    bounds, bounds_k = bounds_of(lengths), bounds_of(lengths if keys is None else keys)
+    segments = {"0": (0, bounds), "1": (1, bounds), "q": (0, bounds), "k": (0, bounds_k), "v": (0, bounds_k)}
+    call = Call(tensors, {**rest, "return_lse": True}, segments)
+    label = f"{name} {op} {lengths} {keys} {options}"
+    _, grads = judge(op, reference.varlen_attention, call, peers=PEERS["varlen_attention"], without=(1,), name=label)
+    return grads
+
+
+def random_case(seed: int) -> dict:
+    rng = random.Random(seed)
+    heads_k = rng.choice((1, 2))
+    count = rng.randint(1, 5)
+    lengths = [rng.choice((*EDGES, rng.randint(1, 200))) for _ in range(count)]
+    keys = None if rng.random() < 0.6 else [rng.choice((*EDGES, rng.randint(1, 200))) for _ in range(count)]
+    return {
+        "lengths": lengths, "keys": keys, "heads": heads_k * rng.choice((1, 2, 3)), "heads_k": heads_k,
+        "dim": rng.choice((64, 80, 80, 128)), "dtype": rng.choice(DTYPES), "causal": rng.random() < 0.5, "seed": seed,
+    }  # fmt: skip
+
+
+def check_random(seed: int, csrc=build.CSRC) -> None:
+    case = random_case(seed)
+    rows = 64 if case["dim"] == 128 else random.Random(seed).choice((64, 128))
+    for add_dq in (False, True):
+        hold(Attention(rows, add_dq, seed=seed, csrc=csrc), name=f"seed {seed}", **case)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_lengths(seed):
+    check_random(seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(12, 600))
+def test_more_random_lengths(seed):
+    check_random(seed)
+
+
+CASES = {
+    "edges": {"lengths": EDGES},
+    "edges of large blocks, causal": {"lengths": (127, 128, 129), "causal": True, "heads": 2, "heads_k": 1},
+    "no queries, no keys": {"lengths": (0, 5, 3), "keys": (4, 0, 3)},
+    "blind rows": {"lengths": (70, 40), "keys": (3, 33), "causal": True},
+    "chunk": {"lengths": (5, 1, 70), "keys": (90, 67, 130), "causal": True},
+    "one key head": {"lengths": (33, 20), "heads": 6, "heads_k": 1},
+    "empty": {"lengths": (0, 0)},
+}
+
+
+@pytest.mark.parametrize("add_dq", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, add_dq):
+    for dim, rows in ((80, 64), (80, 128), (64, 128), (128, 64)):
+        hold(Attention(rows, add_dq), dim=dim, name=name, **CASES[name])
+
+
+def test_rows_without_keys_have_no_gradient():
+    for add_dq in (False, True):
+        grads = hold(Attention(64, add_dq), (70, 9, 4), keys=(3, 9, 0), causal=True)
+        assert not grads["q"][:67].any() and not grads["q"][79:].any()
+        grads = hold(Attention(64, add_dq), (0, 9), keys=(3, 9))
+        assert not grads["k"][:3].any() and not grads["v"][:3].any()
+
+
+def gradients(op: Attention, tensors, rest) -> dict[str, torch.Tensor]:
+    total = tensors["q"].shape
+    upstream = torch.randn(total, generator=torch.Generator().manual_seed(1)).to(tensors["q"].dtype)
+    return evaluate(op, Call(tensors, rest), (upstream, None))[1]
+
+
+def check_low_scores(csrc=build.CSRC) -> None:
+    """A log-sum-exp far below zero: what pads a block of keys must not reach dq as an infinite weight."""
+    tensors, rest = sample([9, 40])
+    tensors["q"][:] = 20
+    tensors["k"][:] = -20 + tensors["k"] / 8
+    for add_dq in (False, True):
+        assert all(g.isfinite().all() for g in gradients(Attention(64, add_dq, csrc=csrc), tensors, rest).values())
+
+
+def test_low_scores():
+    check_low_scores()
+
+
+def check_isolation(csrc=build.CSRC) -> None:
+    """NaN in one segment, or another neighbour, changes no bit of another's gradients; alone as in the pack."""
+    lengths = [70, 1, 33]
+    starts = bounds_of(lengths)
+    for causal, add_dq in itertools.product((False, True), (False, True)):
+        tensors, rest = sample(lengths, causal=causal)
+        op = Attention(64, add_dq, grid=1, csrc=csrc)
+        expected = gradients(op, tensors, rest)
+        for sick, (start, end) in enumerate(itertools.pairwise(starts)):
+            ill = {n: x.clone() for n, x in tensors.items()}
+            for x in ill.values():
+                x[start:end] = torch.nan
+            for name, x in gradients(op, ill, rest).items():
+                for other, (a, b) in enumerate(itertools.pairwise(starts)):
+                    assert other == sick or same_bits(x[a:b], expected[name][a:b]), f"{name}: {sick} reached {other}"
+
+
+def test_isolation():
+    check_isolation()
+
+
+def check_order(csrc=build.CSRC) -> None:
+    """The deterministic mode: the same bits in any order of tiles, on any number of blocks, in any schedule of threads."""
+    tensors, rest = sample([150, 64, 20], causal=True)
+    expected = gradients(Attention(64, grid=1, csrc=csrc), tensors, rest)
+    for seed in range(1, 4):
+        op = Attention(64, grid=1 + seed, seed=seed, shuffled=True, csrc=csrc)
+        for name, x in gradients(op, tensors, rest).items():
+            assert same_bits(x, expected[name]), f"{name}, seed {seed}"
+        hold(Attention(64, add_dq=True, grid=1, seed=seed, csrc=csrc), [150, 64, 20], causal=True)
+
+
+def test_order():
+    check_order()
