@@ -77,7 +77,7 @@ def batch(grids: list[tuple[int, int]], text: int, dtype: torch.dtype) -> dict[s
     half = 1 if cuda() else 2
     grids = [(h // half, w // half) for h, w in grids]
     ids = torch.randint(10, 3000, (text,), generator=generator).tolist()
-    for h, w in grids:
+    for h, w in reversed(grids):
         ids[:0] = [3003, *([IMAGE] * (h * w // 4)), 3004]
     input_ids = torch.tensor([ids])
     grid = torch.tensor([(1, h, w) for h, w in grids])
