@@ -9,8 +9,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .activation import _META, BLOCK_T, _grid, _load, _rows, _sigmoid
-from .offsets import offset
+from .offsets import blocks_of, offset, wide
+
+BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # as the activations of one tensor
+
+
+@triton.jit
+def _load(ptr, t, f, stride_t, mask):
+    return wide(tl.load(ptr + (offset(t, stride_t)[:, None] + f[None, :]), mask=mask, other=0.0))
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -48,10 +59,9 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[..., F] each -> [..., F], contiguous."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     a, b = _rows(gate), _rows(up)
-    rows, width = a.shape
-    if rows:
+    if a.shape[0]:
         with torch.cuda.device_of(gate):
-            _gated_kernel[_grid(triton.cdiv(rows, BLOCK_T), width)](a, b, y, rows, a.stride(0), b.stride(0), F=width, **_META)
+            _gated_kernel[_grid(*a.shape)](a, b, y, a.shape[0], a.stride(0), b.stride(0), F=a.shape[1], **_meta())
     return y
 
 
@@ -59,10 +69,23 @@ def launch_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) ->
     """Gradients of gate and up."""
     grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     g, a, b = _rows(grad), _rows(gate), _rows(up)
-    rows, width = a.shape
-    if rows:
+    if a.shape[0]:
         with torch.cuda.device_of(gate):
-            _gated_backward_kernel[_grid(triton.cdiv(rows, BLOCK_T), width)](
-                g, a, b, grad_gate, grad_up, rows, g.stride(0), a.stride(0), b.stride(0), F=width, **_META
+            _gated_backward_kernel[_grid(*a.shape)](
+                g, a, b, grad_gate, grad_up, a.shape[0], g.stride(0), a.stride(0), b.stride(0), F=a.shape[1], **_meta()
             )
     return grad_gate, grad_up
+
+
+def _meta() -> dict[str, int]:
+    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
+
+
+def _grid(rows: int, width: int) -> tuple[int]:
+    return (blocks_of(rows, BLOCK_T) * blocks_of(width, BLOCK_F),)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [T, F] with a contiguous last dim; a copy only where no view will do."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
