@@ -243,12 +243,18 @@ def command(subject: str, options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
+def subject_of(name: str) -> str:
+    """The module of bench/ whose name a result's name begins with."""
+    modules = [path.stem for path in (ROOT / "bench").glob("*.py")]
+    return max((m for m in modules if name == m or name.startswith(m + "_")), key=len, default=name)
+
+
 def publish(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """Prints and writes NAME.json as asked: environment, command, rows and whatever else (ceilings=...). Returns it.
 
     NAME is the subject, then perhaps _ and what tells its results apart.
     """
-    result = {"environment": environment(), "command": command(name.split("_")[0], options), **more, "rows": rows}
+    result = {"environment": environment(), "command": command(subject_of(name), options), **more, "rows": rows}
     text = json.dumps(result, indent=2) + "\n"
     if options.json:
         print(text, end="")
