@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "registers.json"
 CAPABILITIES = (80, 90)
-MODULES = ("rope", "norm", "activation", "patchify", "sums")
+MODULES = ("rope", "norm", "activation", "patchify", "resize", "sums")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -127,7 +127,7 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 def cases() -> dict[str, Launch]:
     """The released models' shapes in bf16, and one small or odd shape a kernel: name -> launch."""
-    from qwen2vl_fast.kernels import activation, merge, norm, patchify, rope
+    from qwen2vl_fast.kernels import activation, merge, norm, patchify, resize, rope
 
     def bf16(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -182,6 +182,8 @@ def cases() -> dict[str, Launch]:
 
     frames = torch.empty((2, 56, 84, 3), dtype=torch.uint8)
     keep("patchify", patchify.launch, frames, torch.bfloat16, (0.1, 0.2, 0.3), (-1.0, -2.0, -3.0))
+    taps = torch.empty(84, 5, dtype=torch.int32)
+    keep("resize", resize.launch, frames, 2, taps[:, 0].contiguous(), taps)
     return found
 
 

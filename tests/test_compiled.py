@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from qwen2vl_fast.kernels import activation, merge, norm, patchify, rope
+from qwen2vl_fast.kernels import activation, merge, norm, patchify, resize, rope
 from tests.compiled import CAPABILITIES, TABLE, Launch, cases, compiled, kernels, recorded, source
 
 REGISTERS = 65536  # of a multiprocessor
@@ -16,6 +16,8 @@ REGISTERS = 65536  # of a multiprocessor
 
 def narrow_allowed(name: str) -> set[str]:
     """Global accesses below 16 bytes that a kernel may have."""
+    if name == "resize":
+        return {"LDG 1", "LDG 4", "STG 1"}  # bytes at any place, first samples and weights
     if name.endswith("sums"):
         return {"STG 2"}  # one column a thread, so that many programs share the work
     if "rope" in name:
@@ -33,7 +35,7 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
     wide_store, wide_load = "STG 16" in accesses, {"LDG 16", "LDGSTS 16"} & set(accesses)
-    if not (wide_store or name.endswith("sums")) or not (wide_load or name == "patchify"):
+    if not (wide_store or name.endswith("sums") or name == "resize") or not (wide_load or name in ("patchify", "resize")):
         found.append("no access of 16 bytes")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
@@ -104,6 +106,8 @@ def test_no_recompilation_when_lengths_change():
             note("mrope batch", rope.launch, q, q, q.clone(), q.clone(), ids, torch.empty(64), (16, 24, 24), 1.0, 1.0)
         if count < 100:
             frames = torch.empty(2 * count, 28, 28 * count, 3, dtype=torch.uint8)
+            taps = torch.empty(28 * count, count, dtype=torch.int32)
+            note("resize", resize.launch, frames, 2, taps[:, 0].contiguous(), taps)
             note("patchify", patchify.launch, frames, torch.float16, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
     for name, found in seen.items():
         assert all(other == found[0] for other in found), f"{name}: specialised by a length"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qwen2vl_fast import ops, reference
 from tests import oracle
@@ -76,6 +79,47 @@ def test_patchify_isolated_from_other_frames(device):
     whole = ops.patchify(pixels)
     for pair in range(3):
         assert same_bits(ops.patchify(pixels[2 * pair : 2 * pair + 2]), whole[8 * pair : 8 * pair + 8])
+
+
+SIZES = [  # height, width, new height, new width: each axis shrinks, grows, stays; either one first; one sample, many taps
+    (1, 1, 28, 56), (28, 56, 28, 56), (40, 56, 28, 56), (28, 90, 28, 56), (61, 47, 84, 112), (519, 49, 56, 84),
+    (157, 202, 84, 56), (300, 40, 28, 28), (40, 300, 56, 28), (74, 21, 84, 84), (222, 223, 56, 140), (90, 90, 84, 84),
+]  # fmt: skip
+
+
+def check_resize(backends: Sequence[str], device: str = "cpu", sizes=SIZES) -> None:
+    """The levels of Pillow's bicubic filter, for noise and for black and white, which overshoot; in a strided view too."""
+    for height, width, new_height, new_width in sizes:
+        noise = frames(2, height, width + 2)[:, :, 1:-1]
+        noise[1] = (noise[1] > 127).byte() * 255
+        size = (new_width, new_height)
+        images = [Image.fromarray(frame.numpy()).resize(size, Image.Resampling.BICUBIC) for frame in noise]
+        resized = torch.stack([torch.from_numpy(np.array(image)) for image in images]).to(device)
+        for backend in backends:
+            rows = ops.patchify(noise.to(device), size=size[::-1], backend=backend)
+            assert same_bits(rows, ops.patchify(resized, backend=backend)), f"{backend}: {height} x {width} to {size[::-1]}"
+
+
+def test_resize(device):
+    check_resize(usable("patchify", device), device)
+
+
+def test_resize_refusals(device):
+    pixels = frames(2, 30, 30, device=device)
+    for size, kind, message in (
+        ((28, 30), ValueError, "size: expected positive multiples of 28, got"),
+        ((0, 28), ValueError, "size: expected positive multiples of 28, got"),
+        ((28, 28, 3), TypeError, "size: expected .height, width., two integers, got"),
+        ((28.0, 28), TypeError, "size: expected .height, width., two integers, got"),
+        (28, TypeError, "size: expected .height, width., two integers, got 28"),
+    ):
+        with pytest.raises(kind, match=message):
+            ops.patchify(pixels, size=size)
+    with pytest.raises(ValueError, match="frames: expected .N, H, W, 3. with N even, H and W at least 1"):
+        ops.patchify(pixels[:, :0], size=(28, 28))
+    with pytest.raises(ValueError, match="H and W multiples of 28"):
+        ops.patchify(pixels)
+    assert ops.patchify(pixels[:0], size=(28, 28)).shape == (0, 1176)
 
 
 def check_merge_units(kind: str, seed: int, dtype: torch.dtype, device: str = "cpu", ops=ops) -> None:

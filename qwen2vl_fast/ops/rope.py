@@ -191,7 +191,8 @@ def _table(q, position_ids, inv_freq, sections):
     """What the kernel reads: frequencies, or for float64 cos and sin [2, ..., D/2] of torch, whose last bit counts there."""
     if q.dtype != torch.float64:
         return inv_freq
-    angles = mrope_angles(position_ids, inv_freq, sections) if len(sections) == 3 else vision_rope_angles(position_ids, inv_freq)
+    three = len(sections) == 3
+    angles = mrope_angles(position_ids, inv_freq, sections) if three else vision_rope_angles(position_ids, inv_freq)
     return torch.stack((angles.cos(), angles.sin()))
 
 

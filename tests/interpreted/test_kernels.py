@@ -26,6 +26,7 @@ from tests.test_ops_every import (
     definition_of,
     sweep,
 )
+from tests.test_ops_patchify_merge import SIZES, check_resize
 
 KINDS = [kind for kind in SAMPLES if kind not in ("varlen_attention", "linear_cross_entropy")]
 MANY = {  # cases of each dtype in the long run, 20 000 in all: more where one is cheap
@@ -173,6 +174,10 @@ def test_head_dims_and_counts(dim, heads, device):
         peers = reference.mrope(q, k, **arguments)
         for out, ref, peer in zip(outs, refs, peers, strict=True):
             check(out, ref, [error(peer, ref)])
+
+
+def test_resize(device):
+    check_resize(["triton"], device, SIZES[::2] if device == "cpu" else SIZES)
 
 
 @triton.jit
@@ -332,6 +337,10 @@ MUTANTS = [
     ("patchify", "t // 2 % 2", "t % 2", "patchify"),
     ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
     ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
+    ("resize", "known = inside & (start + k < L)", "known = inside & (start + k < L - 1)", "resize"),
+    ("resize", "1 << (BITS - 1)", "0", "resize"),
+    ("resize", "tl.maximum(total >> BITS, 0)", "total >> BITS", "resize"),
+    ("resize", "e // I, e % I", "e % J, e // J", "resize"),
 ]  # fmt: skip
 
 
@@ -353,6 +362,8 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
     with pytest.raises(AssertionError):
         if kind == "in place":
             check_in_place(7, "cpu", torch.float16)
+        elif kind == "resize":
+            check_resize(["triton"], sizes=SIZES[4:6])
         else:
             for seed in range(12):
                 check_rule(kind, seed, torch.float32, layout=LAYOUTS[1 + seed % 2])
