@@ -23,7 +23,7 @@ def narrow_allowed(name: str) -> set[str]:
     if "rope" in name:
         return {"LDG 8", "LDG 4"}  # positions and frequencies
     if "raster" in name:
-        return {"LDG 8"}  # row numbers
+        return {"LDG 8", "LDGSTS 8"}  # row numbers
     if "160" in name:
         return {"LDG 2", "STG 4"}  # weight, bias and partial sums: 160 of them a program
     return {"LDG 1"} if name == "patchify" else set()  # three bytes a pixel, a gather
