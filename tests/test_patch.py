@@ -181,6 +181,17 @@ def test_each_part_can_be_left_out(hf, argument):
     assert not any(report.parts[name].calls or report.parts[name].bound for name in left)
 
 
+def test_backend_of_choice(hf, monkeypatch):
+    """It reaches every op that has it."""
+    asked = []
+    real = ops.rope.choose
+    for module in (ops.rope, ops.norm, ops.activation, ops.attention, sys.modules["qwen2vl_fast.ops.gated"]):
+        monkeypatch.setattr(module, "choose", lambda op, backend, *rest: asked.append((op, backend)) or real(op, backend, *rest))
+    compare(hf, models.batch(MIXED), backend="torch")
+    assert {backend for _, backend in asked} == {"torch"}
+    assert {op for op, _ in asked} >= {"mrope", "vision_rope", "varlen_attention", "rms_norm", "layer_norm", "swiglu", "gelu"}
+
+
 def test_capped_packs(hf, monkeypatch):
     """More patches than a pack may hold: several packs, the same features."""
     monkeypatch.setattr(vision, "MAX_PACK_PATCHES", 20)

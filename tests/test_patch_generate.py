@@ -126,8 +126,10 @@ def check_scenario(seed: int) -> bool:
     options = {**WAYS[way], "max_new_tokens": draw.randint(1, 6)}
     try:
         expected = answer(hf, inputs, **options)
-    except ValueError as error:  # transformers repeats media wrongly where samples of a batch hold different numbers
-        assert options.get("num_beams", 1) * options.get("num_return_sequences", 1) > 1 and "do not match" in str(error)
+    except ValueError as error:
+        # transformers repeats media wrongly where samples hold different numbers of them; without a cache it takes a
+        # placeholder that the model emits for one of the prompt's.
+        assert "do not match" in str(error), f"seed {seed}"
         with patched(hf), pytest.raises(ValueError, match="placeholders|do not match"):
             answer(hf, inputs, **options)
         return False

@@ -13,8 +13,7 @@ from types import ModuleType
 
 from torch import nn
 
-from ..ops import backends as tables
-from ..ops.backends import OPS, check_backend
+from ..ops.backends import _WRITTEN, OPS, check_backend
 from . import install, interface
 from .hooks import Options, restore
 from .releases import Release
@@ -69,7 +68,7 @@ def patch(
         raise TypeError(f"hf_model: expected a model of transformers' qwen2_vl classes, got {type(hf_model).__name__}")
     if path := next(install.patched(hf_model), None):
         raise ValueError(f"hf_model: {path} is patched already; call unpatch(hf_model) first")
-    options = Options({} if backend is None else {op: backend for op in OPS if op in tables._WRITTEN[backend]})
+    options = Options({} if backend is None else {op: backend for op in OPS if op in _WRITTEN[backend]})
     installer = install.Installer(release, options, wanted)
     try:
         installer.install(hf_model, found)

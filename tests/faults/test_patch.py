@@ -78,6 +78,7 @@ def test_fault_18_cpu_model_beside_a_gpu(monkeypatch):
         for name in [name for name in vars(module) if name.startswith("launch")]:
             monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert ops.backends()["mrope"]["triton"] is None
     hf = model_of(CONFIGS["released"])
     inputs = models.batch(ROWS)
