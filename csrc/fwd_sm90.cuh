@@ -41,24 +41,26 @@ struct Layout {
   static constexpr DEV int offset(int step) {
     return step < 4 * WIDE ? step / 4 * ROWS * 128 + step % 4 * 32 : NARROW_OFFSET + (step - 4 * WIDE) * ROWS * 32;
   }
+
+  // Address of one half (0, 1) of those 16 columns in a row: a swizzle moves 16-byte units inside a row.
+  static DEV uint32_t address(uint32_t start, uint32_t row, int step, uint32_t half) {
+    if (step < 4 * WIDE) return start + step / 4 * ROWS * 128 + row * 128 + ((2 * (step % 4) + half) ^ (row % 8)) * 16;
+    return start + NARROW_OFFSET + (step - 4 * WIDE) * ROWS * 32 + row * 32 + (half ^ (row / 4 % 2)) * 16;
+  }
 };
 
-template <bool BF16_, int D_, int ROWS_, int KEYS_, int STAGES_, bool CAUSAL_, int IN_TURN_ = 0, int POLY_ = 0, bool PAD_V_ = true,
-          int EARLY_ = 4>
+template <bool BF16, int D, int ROWS, int KEYS, int STAGES, bool CAUSAL>
 struct ForwardSm90 {
-  static constexpr bool BF16 = BF16_, CAUSAL = CAUSAL_;
-  static constexpr int IN_TURN = IN_TURN_;
-  static constexpr int D = D_, ROWS = ROWS_, KEYS = KEYS_, STAGES = STAGES_, POLY = POLY_;
-  static constexpr int EARLY = EARLY_;  // groups of 16 keys that are exponentiated while P V of the block before runs
   static constexpr int CONSUMERS = ROWS / 64;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
   static constexpr int BLOCKS = 1;
-  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : CONSUMERS == 2 ? 40 : 56;
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : CONSUMERS == 2 ? 232 : 248;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+  static_assert(CONSUMERS == 2 || CONSUMERS == 3);
 
   using QLayout = Layout<D, ROWS, false>;
   using KLayout = Layout<D, KEYS, false>;
-  using VLayout = Layout<D, KEYS, PAD_V_>;
+  using VLayout = Layout<D, KEYS, true>;
 
   // Shared memory, in bytes from a multiple of 1024 on (the period of the 128-byte swizzle).
   static constexpr int SLOTS = 2;  // tiles whose Q is there
@@ -75,6 +77,8 @@ struct ForwardSm90 {
   static constexpr int V_TAIL = V_EMPTY + STAGES * 8;
   static constexpr int SMEM = V_TAIL + STAGES * 8 + 1024;
   static_assert(KEYS % 16 == 0 && SMEM <= 232448);
+
+  static constexpr int TURN = 1;  // the first of CONSUMERS named barriers
 
   using Scores = float[KEYS / 2];
   using Output = float[D / 2];
@@ -231,22 +235,24 @@ struct ForwardSm90 {
     Output o;
     Probabilities p;
     Softmax state;
+    state.begin();
 
-    if (IN_TURN && warpgroup == CONSUMERS - 1) named_barrier_arrive(1, 256);
+    if (warpgroup == CONSUMERS - 1) named_barrier_arrive(TURN, 256);
     Work work = next_tile(args, smem, slot, row);
     if (work.rows == 0) return;
     int block = key_blocks(work.keys) - 1;
 
-    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
+    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one. Warpgroups issue them in
+    // turn: else all would multiply at once and then exponentiate at once.
     auto products = [&] {
       mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
-      if (IN_TURN) named_barrier_wait(1 + warpgroup, 256);
+      named_barrier_wait(TURN + warpgroup, 256);
       wgmma_fence();
       scores(s, smem, slot.at, k.at, warpgroup);
       wgmma_commit();
       accumulate(o, p, smem, v.at);
       wgmma_commit();
-      if (IN_TURN) named_barrier_arrive(1 + (warpgroup + 1) % CONSUMERS, 256);
+      named_barrier_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
       wgmma_wait<1>();
     };
     auto release_k = [&] {
@@ -271,7 +277,6 @@ struct ForwardSm90 {
     wgmma_wait<0>();
     release_k();
     clear(o);
-    state.begin();
     mask(s, work, row, block);
     float factor[2];
     exponentiate_exactly(s, state, scale, factor);
@@ -285,19 +290,17 @@ struct ForwardSm90 {
         products();
         const bool masked = CAUSAL && (block + 1) * KEYS > first_masked(work, warpgroup);
         if (masked) mask(s, work, row, block);
-        const float saved[2] = {state.sum[0], state.sum[1]};
-        exponentiate<0, EARLY>(s, state, scale);
+        const float before[2] = {state.sum[0], state.sum[1]};
+        exponentiate(s, state, scale);
         finish();
-        exponentiate<EARLY, KEYS / 16>(s, state, scale);
         pack_all(p, s);
-        const bool outgrown = (row < work.rows && !(state.sum[0] <= LIMIT)) || (row + 8 < work.rows && !(state.sum[1] <= LIMIT));
-        if (named_barrier_any(4 + warpgroup, 128, outgrown)) {
-          state.sum[0] = saved[0];
-          state.sum[1] = saved[1];
-          wgmma_fence();
-          scores(s, smem, slot.at, k.at, warpgroup);
-          wgmma_commit();
-          wgmma_wait<0>();
+        // Rows that are not this tile's may hold anything and must not decide how its rows are rounded.
+        const bool outgrown = ((row < work.rows) & !(state.sum[0] - before[0] <= LIMIT)) |
+                              ((row + 8 < work.rows) & !(state.sum[1] - before[1] <= LIMIT));
+        if (any(outgrown)) {
+          state.sum[0] = before[0];
+          state.sum[1] = before[1];
+          scores_of_warp(s, smem, slot.at, k.at, warpgroup);
           if (masked) mask(s, work, row, block);
           exponentiate_exactly(s, state, scale, factor);
           rescale(o, factor);
@@ -398,24 +401,22 @@ struct ForwardSm90 {
       if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY;
   }
 
-  // Softmax needs no maximum, only a reference that keeps the exponentials in range, and floating point is as exact at 2^60 as at 1.
-  // So a row's reference is the maximum of its first key block and stays while the sum stays under LIMIT, which bounds every term;
-  // a block that breaks it (or has a NaN, or a row's first keys) is computed again, with its maximum. float16 holds P to 2^16 only.
-  static constexpr float LIMIT = BF16 ? 18446744073709551616.0f : 32768.0f;  // 2^64, 2^15
+  // Softmax needs no maximum, only a reference that keeps the exponentials in range: floating point is as exact at 2^40 as at 1.
+  // So a row's reference is the maximum of its first key block, and stays. A block whose sum of exponentials breaks LIMIT, or is a NaN
+  // (rows without keys so far have the reference -inf), is computed again with its maximum. float16 holds P to 2^16 only.
+  static constexpr float LIMIT = BF16 ? 1099511627776.0f : 32768.0f;  // 2^40, 2^15
 
-  // s -> 2^(scale s - top) for groups FIRST to LAST of 16 keys.
-  template <int FIRST, int LAST>
+  // s -> 2^(scale s - top).
   static DEV void exponentiate(Scores& s, Softmax& state, float scale) {
 #pragma unroll
-    for (int i = 8 * FIRST; i < 8 * LAST; ++i) {
-      s[i] = fmaf(s[i], scale, -state.top[i / 2 % 2]);
-      s[i] = POLY > 0 && i / 2 % (POLY > 0 ? POLY : 1) == 0 && i % 2 == 0 ? exp2_polynomial(s[i]) : exp2_fast(s[i]);
+    for (int i = 0; i < KEYS / 2; ++i) {
+      s[i] = exp2_fast(fmaf(s[i], scale, -state.top[i / 2 % 2]));
       state.sum[i / 2 % 2] += s[i];
     }
   }
 
-  // The same for all keys of a block, with a new reference where the maximum, or the sum so far, calls for one; what was accumulated
-  // before is then to be multiplied by `factor`.
+  // The same with a new reference where the maximum is 2^8 times beyond the old one; what was accumulated before is then to be multiplied
+  // by `factor`.
   static DEV void exponentiate_exactly(Scores& s, Softmax& state, float scale, float (&factor)[2]) {
     float shift[2];
 #pragma unroll
@@ -425,10 +426,7 @@ struct ForwardSm90 {
       for (int i = 0; i < KEYS / 2; i += 4) most = fmaxf(most, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
       most = fmaxf(most, shuffle_xor(most, 1));
       most = fmaxf(most, shuffle_xor(most, 2)) * scale;
-      float total = state.sum[r] + shuffle_xor(state.sum[r], 1);
-      total += shuffle_xor(total, 2);
       const float before = state.top[r];
-      if (total > 0.0f) most = fmaxf(most, before + log2f(total));
       const bool grows = !(most - before <= 8.0f) && most != -INFINITY;
       state.top[r] = grows ? most : before;
       factor[r] = grows ? exp2_fast(before - most) : 1.0f;
@@ -442,17 +440,26 @@ struct ForwardSm90 {
     }
   }
 
-  // 2^x on the FMA pipe: x = n + f with |f| <= 1/2, a cubic in f (relative error 7.5e-5, a 26th of a bf16 unit), then n is added
-  // to the exponent.
-  static DEV float exp2_polynomial(float x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-    x = max_nan(x, -126.0f);
-    const float n = x + magic;
-    const float f = x - (n - magic);
-    float y = fmaf(0.05592203f, f, 0.24264008f);
-    y = fmaf(y, f, 0.69312103f);
-    y = fmaf(y, f, 0.99992448f);
-    return bits_float(float_bits(y) + (float_bits(n) << 23));
+  // S of one warp's 16 rows by its own products: a warpgroup product would need all four warps. Same layout.
+  static DEV void scores_of_warp(Scores& s, uint32_t smem, int slot, int stage, int warpgroup) {
+    const uint32_t lane = thread_index() % 32;
+    const uint32_t q = smem + Q + slot * QLayout::STRIDE, k = smem + K + stage * KLayout::STRIDE;
+    const uint32_t q_row = 64 * warpgroup + thread_index() / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i) s[i] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      uint32_t a[4];
+      load_matrices(a, QLayout::address(q, q_row, step, lane / 16));
+      const uint32_t from = KLayout::address(k, lane / 16 * 8 + lane % 8, step, lane / 8 % 2);
+#pragma unroll
+      for (int i = 0; i < KEYS / 16; ++i) {
+        uint32_t b[4];
+        load_matrices(b, from + i * 16 * (step < 4 * KLayout::WIDE ? 128 : 32));
+        mma_16x8x16<BF16>(reinterpret_cast<float(&)[4]>(s[8 * i]), a, b[0], b[1]);
+        mma_16x8x16<BF16>(reinterpret_cast<float(&)[4]>(s[8 * i + 4]), a, b[2], b[3]);
+      }
+    }
   }
 
   // The accumulator's layout is, pair by pair, that of the operand.

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include "fwd_sm80.cuh"
+#include "launch_sm90.h"
 #include "start.cuh"
 #include "tiles.cuh"
 
@@ -31,10 +32,11 @@ void forward_sm80(const VarlenAttention& problem, int rows, int device, void* st
 
 void forward(const VarlenAttention& problem, const std::string& kernel, int rows, int device, void* stream) {
   check_problem(problem);
-  require(kernel == "sm_80", "kernel: expected sm_80, got " + kernel);
+  require(kernel == "sm_80" || kernel == "sm_90", "kernel: expected sm_80 or sm_90, got " + kernel);
   require(rows > 0, "rows: expected a positive number, got " + std::to_string(rows));
   if (problem.tile_count == 0) return;
   const CurrentDevice current(device, "varlen_attention_forward_" + kernel);
+  if (kernel == "sm_90") return forward_sm90(problem, rows, device, stream);
   if (problem.bfloat16) return forward_sm80<true>(problem, rows, device, stream);
   return forward_sm80<false>(problem, rows, device, stream);
 }

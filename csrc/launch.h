@@ -10,7 +10,7 @@
 
 namespace qwen2vl_fast {
 
-// kernel: "sm_80"; rows: the block size that the tiles were made for. stream: a cudaStream_t of `device`.
+// kernel: "sm_80", or "sm_90" on compute capability 9.0 alone; rows: the block size that the tiles were made for. stream: a cudaStream_t of `device`.
 void forward(const VarlenAttention& problem, const std::string& kernel, int rows, int device, void* stream);
 
 // rows, key_rows: the block sizes of problem.tiles and of key_tiles, 64 or 128.

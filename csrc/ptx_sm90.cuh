@@ -166,26 +166,6 @@ DEV void named_barrier_arrive(int id, int threads) {
 #endif
 }
 
-// Waits like named_barrier_wait; true in all threads if it is in one.
-DEV bool named_barrier_any(int id, int threads, bool x) {
-#ifdef __CUDACC__
-  int y;
-  asm volatile(
-      "{\n"
-      ".reg .pred x, y;\n"
-      "setp.ne.b32 x, %1, 0;\n"
-      "barrier.cta.red.or.pred y, %2, %3, x;\n"
-      "selp.b32 %0, 1, 0, y;\n"
-      "}\n"
-      : "=r"(y)
-      : "r"(int(x)), "r"(id), "r"(threads)
-      : "memory");
-  return __any_sync(0xffffffffu, y != 0);  // the same in all lanes; so the compiler learns that a branch on it is taken together
-#else
-  return host::named_barrier_any(id, threads, x);
-#endif
-}
-
 // The value of lane 0, which all lanes hold: tells the compiler that branches on it are taken together.
 DEV int warp_uniform(int x) {
 #ifdef __CUDACC__
@@ -208,25 +188,6 @@ DEV uint32_t float_bits(float x) {
   return __float_as_uint(x);
 #else
   return host::float_bits(x);
-#endif
-}
-
-DEV float bits_float(uint32_t x) {
-#ifdef __CUDACC__
-  return __uint_as_float(x);
-#else
-  return host::bits_float(x);
-#endif
-}
-
-// The larger of two, NaN if one is: fmaxf drops a NaN.
-DEV float max_nan(float x, float y) {
-#ifdef __CUDACC__
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-#else
-  return x != x ? x : y != y ? y : x > y ? x : y;
 #endif
 }
 

@@ -88,7 +88,8 @@ def _attention_impl(q, k, v, bounds, bounds_k, tiles, rows, scale, causal, deter
         capability = torch.cuda.get_device_capability(q.device)
         rows = block_rows((math.ceil(q.shape[0] / count),) * count, q.shape[1], q.shape[2], capability, causal)
         tiles = _tiles(bounds, bounds_k, q.shape[0], k.shape[0], q.shape[1], rows, causal, False)
-    _C.varlen_attention_forward(_problem(q, k, v, o, lse, tiles, scale, causal), "sm_80", rows, *_place(q))
+    kernel = "sm_90" if torch.cuda.get_device_capability(q.device) == (9, 0) else "sm_80"
+    _C.varlen_attention_forward(_problem(q, k, v, o, lse, tiles, scale, causal), kernel, rows, *_place(q))
     return o, lse
 
 
