@@ -1,8 +1,9 @@
-"""Writes the tables of README.md from bench/results/*.json and nano's eval.json.
+"""Writes the tables of README.md from bench/results/*.json and nano's eval.json, and the plots beside them.
 
-    python -m bench.report [--check]
+    python -m bench.report [--check] [--from FOLDER]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; --check changes nothing and fails when one is out of date.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; --check changes nothing and fails when a table or a plot is not
+what the results give. --from takes over the results of another machine (JSON files, or one that holds several) first.
 """
 
 from __future__ import annotations
@@ -15,69 +16,276 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+from bench import plots
+from bench.timing import RESULTS, ROOT
+
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
+OURS = "qwen2vl_fast"
+PASSES = ("rope", "mrope", "merge", "norms", "activations", "patchify")
+Result = dict[str, Any]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Result:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _source(result: dict[str, Any]) -> str:
+def source(result: Result) -> str:
     env = result["environment"]
+    parts = [env["device"]]
+    if "driver" in env:
+        parts += [f"driver {' '.join(env['driver'])}", f"CUDA {env['cuda']}"]
+    else:
+        parts.append(f"{env['threads']} threads")
+    parts += [f"torch {env['torch']}"]
+    parts += [f"{name} {env[name]}" for name in ("transformers", "triton") if env.get(name, "not installed") != "not installed"]
+    state = f"commit {env['commit']}" if env["commit"] != "no git checkout" else f"sources {env['sources']}"
+    text = ", ".join([*parts, env["date"], state]) + f": `{result['command']}`"
+    if ceiling := result.get("ceilings"):
+        text += (
+            f". Same run: copy {ceiling['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['matmul']} "
+            f"{ceiling['matmul_flops'] / 1e12:.{0 if ceiling['matmul_flops'] > 1e13 else 2}f} TFLOP/s"
+        )
+    return text
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"] + [
+        "| " + " | ".join(row) + " |" for row in rows
+    ]
+
+
+def time(seconds: float) -> str:
     return (
-        f"{env['device']}, {env['threads']} threads, torch {env['torch']}, transformers {env['transformers']}, "
-        f"{env['date']}, commit {env['commit']}: `{result['command']}`"
+        f"{seconds * 1e3:.0f} ms"
+        if seconds >= 0.1
+        else f"{seconds * 1e3:.2f} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.1f} us"
     )
 
 
-def _tower(name: str) -> str:
-    result = _read(RESULTS / f"{name}.json")
-    lines = ["| patches of the images | transformers sdpa | qwen2vl_fast | ratio |", "| --- | --- | --- | --- |"]
+def tower(result: Result) -> list[str]:
+    if "case" not in result["rows"][0] or result["environment"].get("driver") is None:
+        rows = []
+        for row in result["rows"]:
+            patches = " + ".join(str(t * h * w) for t, h, w in row["grids"])
+            theirs, ours = (row["seconds"][key]["median"] * 1e3 for key in ("transformers sdpa", OURS))
+            rows.append([patches, f"{theirs:.0f} ms", f"{ours:.0f} ms", f"{row['speedup']:.2f}x"])
+        return table(["patches of the images", "transformers sdpa", OURS, "ratio"], rows)
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+    rows = []
     for row in result["rows"]:
-        patches = " + ".join(str(t * h * w) for t, h, w in row["grids"])
-        theirs, ours = (row["seconds"][key]["median"] * 1e3 for key in ("transformers sdpa", "qwen2vl_fast"))
-        lines.append(f"| {patches} | {theirs:.0f} ms | {ours:.0f} ms | {row['speedup']:.2f}x |")
-    return "\n".join([*lines, "", _source(result)])
+        times = [time(row["seconds"][name]["median"]) if name in row["seconds"] else "" for name in names]
+        best = min(value["median"] for name, value in row["seconds"].items() if name.startswith(OURS))
+        ratio = row["seconds"]["transformers sdpa"]["median"] / best
+        rows.append([plots.case_name(row), *times, f"{ratio:.2f}x", f"{100 * row['share_of_floor']:.0f} %"])
+    return table(["case", *names, "ratio", "of the floor"], rows)
 
 
-def _nano() -> str:
-    result, facts = _read(NANO / "eval.json"), _read(NANO / "training.json")
+def attention(result: Result) -> list[str]:
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["contenders"]))
+    shown = [name for name in names if any("flops" in row["contenders"][name] for row in result["rows"])]
+    digits = 0 if result["ceilings"]["matmul_flops"] > 1e13 else 3
+    rows = []
+    for row in result["rows"]:
+        cells = []
+        for name in shown:
+            facts = row["contenders"][name]
+            cells.append(f"{facts['flops'] / 1e12:.{digits}f}" if "flops" in facts else "no")
+        ours = row["contenders"].get(OURS, {})
+        share = f"{100 * ours['share_of_matmul']:.0f} %" if "share_of_matmul" in ours else ""
+        ratio = f"{row['ratio_to_best_peer']:.2f}x" if row["ratio_to_best_peer"] else ""
+        rows.append([f"({row['case']}) {row['lengths']}", *cells, share, ratio])
+    lines = table(["useful TFLOP/s", *shown, "ours, of a matrix product", "over the best peer"], rows)
+    notes = {}
+    for row in result["rows"]:
+        for name, facts in row["contenders"].items():
+            if "missing" in facts:
+                notes.setdefault(f"{name}: {facts['missing']}", []).append(row["case"])
+    for note, cases in notes.items():
+        lines += ["", note.replace("|", "/") + ("" if len(cases) == len(result["rows"]) else f" ({', '.join(cases)})")]
+    if means := result.get("geometric_means"):
+        lines += ["", "Geometric mean over " + ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items())]
+    return lines
+
+
+def passes(results: list[Result]) -> list[str]:
+    rows = []
+    for result in results:
+        most = max(row["tokens"] for row in result["rows"])
+        for row in result["rows"]:
+            if row["tokens"] != most:
+                continue
+            ours = row["contenders"][OURS]
+            name, best = min(
+                ((n, f) for n, f in row["contenders"].items() if not n.startswith(OURS)),
+                key=lambda item: item[1]["seconds"]["median"],
+            )
+            ratio = best["seconds"]["median"] / ours["seconds"]["median"]
+            share = f"{100 * ours['share_of_copy']:.0f} %"
+            rows.append([
+                row["op"], str(row["tokens"]), time(ours["seconds"]["median"]), share, time(best["seconds"]["median"]), name,
+                f"{ratio:.2f}x",
+            ])  # fmt: skip
+    return table(["op", "tokens", OURS, "of copy bandwidth", "best peer", "which", "ratio"], rows)
+
+
+def generate(result: Result) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        for name, facts in row["contenders"].items():
+            rows.append([
+                f"{row['size']}, {row['layers']} layers", str(row["batch"]), str(row["context"]), name,
+                f"{facts['tokens_per_second']:.1f}", f"{100 * facts['share_of_limit']:.0f} %",
+                time(facts["prefill_seconds"]["median"]),
+            ])  # fmt: skip
+    return table(["model", "batch", "context", "", "tokens/s", "of the copy limit", "prefill"], rows)
+
+
+def preprocess(result: Result) -> list[str]:
+    names = [name for name, facts in result["rows"][0]["contenders"].items() if "seconds" in facts]
+    rows = []
+    for row in result["rows"]:
+        speeds = {name: row["contenders"][name]["images_per_second"] for name in names}
+        peers = [speed for name, speed in speeds.items() if not name.startswith(OURS)]
+        cells = [f"{speeds[name]:.1f}" for name in names]
+        rows.append([f"{row['picture']}, {row['rows']} rows", *cells, f"{speeds[OURS] / max(peers):.2f}x"])
+    lines = table(["images/s", *names, "over the best peer"], rows)
+    for name, facts in result["rows"][0]["contenders"].items():
+        if "missing" in facts:
+            lines += ["", f"{name}: {facts['missing']}"]
+    return lines
+
+
+def stories(result: Result) -> list[str]:
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["contenders"]))
+    parts = list(next(iter(result["rows"][0]["contenders"].values()))["seconds"])
+    rows = []
+    for row in result["rows"]:
+        for name in names:
+            seconds = row["contenders"][name]["seconds"]
+            rows.append([row["story"], str(row["visual_tokens"]), name, *(time(seconds[part]) for part in parts)])
+    return table(["story", "visual tokens", "", *parts], rows)
+
+
+def static_model(result: Result) -> list[str]:
+    devices = list(result["devices"])
+    rows = [
+        [f"({row['case']})", *(f"{row['predicted_flops'][name] / 1e12:.0f}" for name in devices), _against(row)]
+        for row in result["attention"]
+    ]
+    lines = table(["attention, useful TFLOP/s predicted", *devices, "measured over predicted time"], rows)
+    rows = []
+    for row in result["rows"]:
+        if row["kind"] != "Triton" or not row["predicted_seconds"]:
+            continue
+        registers = " / ".join(str(row[arch]["registers"]) for arch in ("sm_80", "sm_90"))
+        blocks = " / ".join(str(row["resident_blocks"][name]) for name in ("A100", "H100"))
+        times = [time(row["predicted_seconds"][name]) for name in devices]
+        rows.append([row["kernel"], registers, blocks, *times, _against(row)])
+    head = [
+        "Triton kernel, 32768 tokens",
+        "registers sm_80 / sm_90",
+        "blocks A100 / H100",
+        *devices,
+        "measured over predicted time",
+    ]
+    return [*lines, "", *table(head, rows)]
+
+
+def _against(row: dict[str, Any]) -> str:
+    measured = row.get("measured", {})
+    return f"{measured['measured_over_predicted']:.2f}" if "measured_over_predicted" in measured else ""
+
+
+def nano() -> str:
+    result, facts = read(NANO / "eval.json"), read(NANO / "training.json")
     dtypes = list(next(iter(result["tasks"].values())))
-    lines = [f"| task | {' | '.join(dtypes)} |", f"| --- |{' --- |' * len(dtypes)}"]
-    for task, scores in result["tasks"].items():
-        lines.append("| " + " | ".join([task, *(f"{100 * scores[dtype]['accuracy']:.1f} %" for dtype in dtypes)]) + " |")
-    source = f"CPU, torch {result['torch']}: `{result['command']}`, after {facts['pictures']} training pictures"
-    return "\n".join([*lines, "", source])
+    rows = [
+        [task, *(f"{100 * scores[dtype]['accuracy']:.1f} %" for dtype in dtypes)] for task, scores in result["tasks"].items()
+    ]
+    where = f"CPU, torch {result['torch']}: `{result['command']}`, after {facts['pictures']} training pictures"
+    return "\n".join([*table(["task", *dtypes], rows), "", where])
 
 
-TABLES: dict[str, Callable[[], str]] = {"tower_cpu_float32": lambda: _tower("tower_cpu_float32"), "nano": _nano}
+RENDERERS: dict[str, Callable[[Result], list[str]]] = {
+    "tower": tower,
+    "attention": attention,
+    "generate": generate,
+    "preprocess": preprocess,
+    "stories": stories,
+    "static_model": static_model,
+}
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """{name: what stands under it}: one for each result that has a renderer, one for all passes of a device, and nano's."""
+    found: dict[str, Callable[[], str]] = {"nano": nano}
+    for path in sorted(RESULTS.glob("*.json")):
+        for prefix, render in RENDERERS.items():
+            if path.stem == prefix or path.stem.startswith(prefix + "_"):
+                found[path.stem] = lambda path=path, render=render: _block(render(read(path)), [read(path)], path.stem)
+    for device in ("cuda", "cpu"):
+        paths = [path for subject in PASSES if (path := RESULTS / f"{subject}_{device}.json").exists()]
+        if paths:
+            name = f"passes_{device}"
+            found[name] = lambda paths=paths, name=name: _block(passes(list(map(read, paths))), list(map(read, paths)), name)
+    return found
+
+
+def _block(lines: list[str], results: list[Result], name: str) -> str:
+    figures = [f"![{caption}]({path})" for path, caption in plots.figures(name)]
+    return "\n".join([*lines, "", *figures, *([""] if figures else []), *dict.fromkeys(map(source, results))])
 
 
 def render(text: str) -> str:
     """README's text with every table written anew. Raises ValueError for a table that nobody makes, or one that is missing."""
+    known = tables()
     names = re.findall(r"<!-- table (\w+) -->", text)
-    if sorted(names) != sorted(TABLES):
-        raise ValueError(f"README.md: expected the tables {sorted(TABLES)}, got {sorted(names)}")
+    if sorted(names) != sorted(known):
+        raise ValueError(f"README.md: expected the tables {sorted(known)}, got {sorted(names)}")
     for name in names:
         block = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda match, name=name: match[1] + TABLES[name]() + "\n" + match[2], text)
+        text = block.sub(lambda match, name=name: match[1] + known[name]() + "\n" + match[2], text)
     return text
+
+
+def take_over(folder: Path) -> list[Path]:
+    """Copies the results in `folder` to bench/results; a file may hold several by name. Returns what was written."""
+    written = []
+    for path in sorted(folder.glob("*.json")):
+        content = read(path)
+        results = {path.stem: content} if "environment" in content else content
+        for name, result in results.items():
+            if not (isinstance(result, dict) and {"environment", "command", "rows"} <= set(result)):
+                raise ValueError(f"{path}: {name} is no result of bench (environment, command, rows)")
+            RESULTS.mkdir(exist_ok=True)
+            target = RESULTS / f"{name}.json"
+            target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            written.append(target)
+    return written
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail when README.md is out of date, and change nothing")
+    parser.add_argument("--check", action="store_true", help="fail when README.md or a plot is out of date, and change nothing")
+    parser.add_argument("--from", dest="folder", type=Path, help="first copy the results of this folder to bench/results")
     options = parser.parse_args(argv)
+    if options.folder:
+        for path in take_over(options.folder):
+            print(path)
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = render(before)
+    stale = plots.stale()
     if options.check:
-        if before != after:
+        if render(before) != before:
             print("README.md does not agree with the results; run python -m bench.report", file=sys.stderr)
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+        for path in stale:
+            print(f"{path} does not agree with the results; run python -m bench.report", file=sys.stderr)
+        return int(render(before) != before or bool(stale))
+    for path in plots.write(stale):
+        print(path)
+    readme.write_text(render(before), encoding="utf-8")
     return 0
 
 
