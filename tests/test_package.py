@@ -286,7 +286,7 @@ def test_isolated_build_from_the_sdist(sdist, tmp_path):
 @pytest.mark.full
 def test_build_with_nvcc_from_pypi(unpacked, tmp_path):
     """The compiler's PyPI packages are enough where there is no CUDA toolkit."""
-    packages = [f"nvidia-cuda-{part}==13.0.*" for part in ("nvcc", "crt", "runtime")] + ["nvidia-nvvm==13.0.*"]
+    packages = [f"nvidia-cuda-{part}==13.0.*" for part in ("nvcc", "crt", "runtime", "cccl")] + ["nvidia-nvvm==13.0.*"]
     run(sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path / "toolkit", *packages, cwd=tmp_path)
     (nvcc,) = (tmp_path / "toolkit").glob("nvidia/cu*/bin/nvcc")
     source = shutil.copytree(unpacked, tmp_path / "source")
