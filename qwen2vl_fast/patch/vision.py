@@ -102,10 +102,12 @@ def _pack(self: nn.Module, device: torch.device, grid: Any, bounds: Any, positio
         ids = vision_position_ids(grid, self.spatial_merge_size)
     else:
         ids = position_ids.t()
+    heads = self.config.num_heads
+    head_dim = self.config.embed_dim // heads
     return Pack(
         ids.to(device, non_blocking=True),
         frequencies(self.rotary_pos_emb, hook_of(self)["exact"]).to(device, non_blocking=True).view(torch.int32),
-        attention_schedule(grid if bounds is None else bounds.int(), heads=self.blocks[0].attn.num_heads, device=device),
+        attention_schedule(grid if bounds is None else bounds.int(), heads=heads, head_dim=head_dim, device=device),
     )
 
 
@@ -179,12 +181,18 @@ def attention(
         q, k = ops.vision_rope(q, k, pack.position_ids, inv_freq=pack.inv_freq, backend=backend)
     else:
         q, k = hook["library_rope"](q, k, *pack.cos_sin())
-    schedule = pack.schedule
-    if schedule.cu_seqlens.device != q.device:  # a split model: accelerate moves tensors, not what a dataclass holds
-        schedule = dataclasses.replace(schedule, cu_seqlens=schedule.cu_seqlens.to(q.device))
+    schedule = _moved(pack.schedule, q.device)
     backend = hook.options.backend("varlen_attention")
     o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, backend=backend)
     return project(self.proj, o.flatten(1))
+
+
+def _moved(schedule: AttentionSchedule, device: torch.device) -> AttentionSchedule:
+    """On the device of this block: where a model is split, accelerate moves tensors but not what a dataclass holds."""
+    if schedule.cu_seqlens.device == device:
+        return schedule
+    tiles = None if schedule.tiles is None else schedule.tiles.to(device)
+    return dataclasses.replace(schedule, cu_seqlens=schedule.cu_seqlens.to(device), tiles=tiles)
 
 
 def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
