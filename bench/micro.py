@@ -23,7 +23,7 @@ from bench.timing import RESULTS, environment
 
 SOURCE = Path(__file__).parent / "micro_sm90.cu"
 OUTPUT = RESULTS / "micro_sm90.json"
-ITEMS = ("wgmma", "exp2", "beside", "skeleton", "tma", "loads", "bytes", "wait", "shared")
+ITEMS = ("wgmma", "exp2", "beside", "operation", "skeleton", "tma", "loads", "bytes", "wait", "shared")
 
 
 def find_nvcc() -> str | None:

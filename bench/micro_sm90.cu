@@ -1,110 +1,6 @@
 // Design data for the Hopper attention kernel: rates of single instructions and of pairs that must overlap, on every
 // multiprocessor at once. Every kernel's result is checked. Prints one JSON object a line; bench/micro.py builds and runs it.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
-#include <vector>
-
-#include "micro_sm90_loads.cuh"
-
-#define CHECK(call)                                                                       \
-  do {                                                                                    \
-    cudaError_t error = call;                                                             \
-    if (error != cudaSuccess) {                                                           \
-      std::printf("{\"error\": \"%s, line %d\"}\n", cudaGetErrorString(error), __LINE__); \
-      std::exit(1);                                                                       \
-    }                                                                                     \
-  } while (0)
-
-struct Device {
-  int multiprocessors;
-  Clocks* clocks;
-  float *d, *out;
-  bf16 *a, *b, *qkv;
-  int* wrong;
-  std::vector<float> host_a, host_b;
-};
-
-struct Timing {
-  double cycles, milliseconds;  // slowest warpgroup of the median multiprocessor; of the whole launch
-  std::vector<Clocks> clocks;
-};
-
-template <class Launch>
-Timing measure(Device& device, Launch launch) {
-  cudaEvent_t start, stop;
-  CHECK(cudaEventCreate(&start));
-  CHECK(cudaEventCreate(&stop));
-  std::vector<float> times;
-  Timing timing{};
-  for (int i = 0; i < 4; i++) {
-    CHECK(cudaMemset(device.clocks, 0, sizeof(Clocks) * MOST_WARPGROUPS * device.multiprocessors));
-    CHECK(cudaMemset(device.wrong, 0, sizeof(int)));
-    CHECK(cudaEventRecord(start));
-    launch();
-    CHECK(cudaGetLastError());
-    CHECK(cudaEventRecord(stop));
-    CHECK(cudaEventSynchronize(stop));
-    float milliseconds;
-    CHECK(cudaEventElapsedTime(&milliseconds, start, stop));
-    if (i) times.push_back(milliseconds);
-  }
-  std::sort(times.begin(), times.end());
-  timing.milliseconds = times[1];
-  timing.clocks.resize(MOST_WARPGROUPS * device.multiprocessors);
-  CHECK(cudaMemcpy(timing.clocks.data(), device.clocks, sizeof(Clocks) * timing.clocks.size(), cudaMemcpyDeviceToHost));
-  std::vector<double> spans;
-  for (int block = 0; block < device.multiprocessors; block++) {
-    long long first = 0, last = 0;
-    for (int group = 0; group < MOST_WARPGROUPS; group++) {
-      const Clocks& c = timing.clocks[block * MOST_WARPGROUPS + group];
-      if (!c.end) continue;
-      first = first ? std::min(first, c.start) : c.start;
-      last = std::max(last, c.end);
-    }
-    spans.push_back(double(last - first));
-  }
-  std::nth_element(spans.begin(), spans.begin() + spans.size() / 2, spans.end());
-  timing.cycles = spans[spans.size() / 2];
-  return timing;
-}
-
-// Units a clock of warpgroups [first, last) of the median multiprocessor.
-double units_per_clock(const Timing& timing, int first, int last) {
-  std::vector<double> rates;
-  for (size_t block = 0; block < timing.clocks.size() / MOST_WARPGROUPS; block++) {
-    double rate = 0;
-    for (int group = first; group < last; group++) {
-      const Clocks& c = timing.clocks[block * MOST_WARPGROUPS + group];
-      rate += double(c.units) / (c.end - c.start);
-    }
-    rates.push_back(rate);
-  }
-  std::nth_element(rates.begin(), rates.begin() + rates.size() / 2, rates.end());
-  return rates[rates.size() / 2];
-}
-
-bool every_result_right = true;
-
-void report(const char* item, const std::string& name, double value, const char* unit, double ideal, const Timing& timing,
-            bool right, const std::string& more = "") {
-  every_result_right &= right;
-  std::printf(
-      "{\"item\": \"%s\", \"name\": \"%s\", \"value\": %.4f, \"unit\": \"%s\", \"ideal\": %.4f, \"cycles\": %.0f, "
-      "\"milliseconds\": %.4f, \"right\": %s%s}\n",
-      item, name.c_str(), value, unit, ideal, timing.cycles, timing.milliseconds, right ? "true" : "false", more.c_str());
-  std::fflush(stdout);
-}
-
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-constexpr int MOST_SHARED = 227 * 1024;  // so that one block runs on a multiprocessor
+#include "micro_sm90_host.cuh"
 
 template <int N, bool REGISTERS, bool MN, int WIDTH, int STEPS, bool SPLIT = false>
 void wgmma_case(Device& device) {
@@ -134,12 +30,6 @@ void wgmma_case(Device& device) {
                   groups);
     report("wgmma", name, timing.cycles / (double(passes) * STEPS * groups), "clocks a k16 step", N / 2.0, timing, right);
   }
-}
-
-bool small(Device& device, int count, double bound) {
-  std::vector<float> out(count);
-  CHECK(cudaMemcpy(out.data(), device.out, out.size() * 4, cudaMemcpyDeviceToHost));
-  return std::all_of(out.begin(), out.end(), [&](float x) { return x <= bound; });
 }
 
 template <int SIXTEENTHS>
@@ -206,6 +96,27 @@ void beside_case(Device& device) {
     }
 }
 
+// Rate of an operation by two warpgroups: alone, and beside a warpgroup of products with A in shared memory or in registers.
+template <Operation OPERATION>
+void operation_case(Device& device) {
+  auto scores = operation_beside<OPERATION, true>, output = operation_beside<OPERATION, false>;
+  allow_shared(scores, MOST_SHARED);
+  allow_shared(output, MOST_SHARED);
+  for (int which = 0; which < 3; which++) {
+    const int products = which > 0, groups = products + 2;
+    Timing timing = measure(device, [&] {
+      (which == 1 ? scores : output)<<<device.multiprocessors, 128 * groups, MOST_SHARED>>>(
+          device.a, device.b, device.out, products, 300000, -1.f, device.clocks);
+    });
+    const char* beside[] = {"alone", "beside n112, A in shared memory", "beside n80, A in registers"};
+    char more[64];
+    std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f", units_per_clock(timing, 0, products) * 280);
+    report("operation", std::string(OPERATION_NAMES[OPERATION]) + " " + beside[which],
+           units_per_clock(timing, products, groups) * 16 * 128, "threads a clock", OPERATION == UNIT ? 16 : 128, timing,
+           small(device, device.multiprocessors * 128 * groups, 1e-6), more);
+  }
+}
+
 template <int N, Order ORDER, int SIXTEENTHS, bool SKIP = false>
 void skeleton_case(Device& device) {
   auto kernel = skeleton<N, ORDER, SIXTEENTHS, SKIP>;
@@ -238,69 +149,35 @@ void skeleton_case(Device& device) {
     char name[128], more[96];
     std::snprintf(name, sizeof name, "%d rows, %s, polynomial %d/16, rescale %s, %d warpgroups", N, ORDER_NAMES[ORDER],
                   SIXTEENTHS, SKIP ? "when due" : "always", groups);
-    std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f, \"error\": %.5f", clocks * groups * blocks / timing.cycles,
-                  worst);
+    std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f, \"largest_error\": %.5f",
+                  clocks * groups * blocks / timing.cycles, worst);
     report("skeleton", name, timing.cycles / blocks, "clocks a block of all", clocks * groups, timing, worst < 0.02, more);
   }
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
+struct Maps {
+  CUtensorMap wide, narrow;
+};
 
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-#else
-  CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
-#endif
-  if (found != cudaDriverEntryPointSuccess) {
-    std::printf("{\"error\": \"the driver has no cuTensorMapEncodeTiled\"}\n");
-    std::exit(1);
-  }
-  return reinterpret_cast<Encode>(function);
-}
-
-CUtensorMap tensor_map(const bf16* qkv, std::vector<cuuint64_t> sizes, std::vector<cuuint64_t> strides,
-                       std::vector<cuuint32_t> box, CUtensorMapSwizzle swizzle) {
-  static Encode encode = find_encode();
-  CUtensorMap map;
-  std::vector<cuuint32_t> ones(box.size(), 1);
-  CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(sizes.size()), const_cast<bf16*>(qkv),
-                           sizes.data(), strides.data(), box.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    std::printf("{\"error\": \"cuTensorMapEncodeTiled returned %d\"}\n", int(result));
-    std::exit(1);
-  }
-  return map;
-}
-
-constexpr cuuint64_t TOKEN_BYTES = 3 * HEADS * D * 2, HEAD_BYTES = D * 2;
-
-CUtensorMap chunk_map(const bf16* qkv, cuuint32_t rows) {
-  return tensor_map(qkv, {16, TOKENS, 5, 3 * HEADS}, {TOKEN_BYTES, 32, HEAD_BYTES}, {16, rows, 5, 1},
-                    CU_TENSOR_MAP_SWIZZLE_32B);
-}
-
-CUtensorMap row_map(const bf16* qkv, cuuint32_t columns, CUtensorMapSwizzle swizzle) {
-  return tensor_map(qkv, {D, TOKENS, 3 * HEADS}, {TOKEN_BYTES, HEAD_BYTES}, {columns, ROWS, 1}, swizzle);
+template <Load LOAD>
+Maps maps_of(const bf16* qkv) {
+  CUtensorMap wide = LOAD == CHUNKS    ? chunk_map(qkv, ROWS)
+                     : LOAD == ROW_160 ? row_map(qkv, D, CU_TENSOR_MAP_SWIZZLE_NONE)
+                                       : row_map(qkv, 64, CU_TENSOR_MAP_SWIZZLE_128B);
+  return {wide, row_map(qkv, 16, CU_TENSOR_MAP_SWIZZLE_32B)};
 }
 
 template <Load LOAD>
 void tma_case(Device& device) {
   auto kernel = tma_rate<LOAD>;
   allow_shared(kernel, MOST_SHARED);
-  CUtensorMap map16 = row_map(device.qkv, 16, CU_TENSOR_MAP_SWIZZLE_32B);
-  CUtensorMap map = LOAD == CHUNKS    ? chunk_map(device.qkv, ROWS)
-                    : LOAD == ROW_160 ? row_map(device.qkv, D, CU_TENSOR_MAP_SWIZZLE_NONE)
-                                      : row_map(device.qkv, 64, CU_TENSOR_MAP_SWIZZLE_128B);
+  const Maps maps = maps_of<LOAD>(device.qkv);
   for (int stages : {2, 4, 8})
     for (int apart : {0, 5}) {
       constexpr int tiles = 1024;
       Timing timing = measure(device, [&] {
-        kernel<<<device.multiprocessors, 128, MOST_SHARED>>>(map, map16, device.qkv, tiles, stages, apart, device.wrong,
-                                                             device.clocks);
+        kernel<<<device.multiprocessors, 128, MOST_SHARED>>>(maps.wide, maps.narrow, device.qkv, tiles, stages, apart,
+                                                             device.wrong, device.clocks);
       });
       int wrong;
       CHECK(cudaMemcpy(&wrong, device.wrong, sizeof wrong, cudaMemcpyDeviceToHost));
@@ -354,73 +231,43 @@ void wait_case(Device& device) {
   }
 }
 
+template <Load LOAD>
 void shared_load_case(Device& device) {
-  allow_shared(tma_shared, MOST_SHARED);
-  CUtensorMap map = chunk_map(device.qkv, ROWS);
+  auto kernel = tma_shared<LOAD>;
+  allow_shared(kernel, MOST_SHARED);
+  const Maps maps = maps_of<LOAD>(device.qkv);
   for (int stages : {2, 4, 8}) {
     constexpr int tiles = 1024;
     Timing timing = measure(device, [&] {
-      tma_shared<<<device.multiprocessors / 2 * 2, 128, MOST_SHARED>>>(map, device.qkv, tiles, stages, device.wrong,
-                                                                       device.clocks);
+      kernel<<<device.multiprocessors / 2 * 2, 128, MOST_SHARED>>>(maps.wide, maps.narrow, device.qkv, tiles, stages,
+                                                                   device.wrong, device.clocks);
     });
     int wrong;
     CHECK(cudaMemcpy(&wrong, device.wrong, sizeof wrong, cudaMemcpyDeviceToHost));
-    std::string name = "{16,112,5} shared by two blocks, " + std::to_string(stages) + " tiles under way";
+    std::string name = std::string(LOAD_NAMES[LOAD]) + ", shared by two blocks, " + std::to_string(stages) + " tiles under way";
     report("shared", name, double(tiles) * TILE / timing.cycles, "bytes a clock a multiprocessor", 21.0, timing, wrong == 0);
   }
 }
 
+template <Load LOAD>
 void loads_beside_case(Device& device) {
-  allow_shared(loads_beside, MOST_SHARED);
-  CUtensorMap map = chunk_map(device.qkv, ROWS);
+  auto kernel = loads_beside<LOAD>;
+  allow_shared(kernel, MOST_SHARED);
+  const Maps maps = maps_of<LOAD>(device.qkv);
   for (int products : {0, 2})
-    for (int stages : {0, 2, 4, 8}) {
+    for (int stages : {0, 2, 4, LOAD == PADDED ? 5 : 8}) {
       if (!products && !stages) continue;
       Timing timing = measure(device, [&] {
-        loads_beside<<<device.multiprocessors, 128 * (products + 1), MOST_SHARED>>>(map, device.a, device.b, device.d, products,
-                                                                                    stages, 300000, device.clocks);
+        kernel<<<device.multiprocessors, 128 * (products + 1), MOST_SHARED>>>(
+            maps.wide, maps.narrow, device.a, device.b, device.d, products, stages, 300000, device.clocks);
       });
       bool right = !products || products_right(device, timing);
       char name[128], more[64];
-      std::snprintf(name, sizeof name, "%d warpgroups of products, %d tiles under way", products, stages);
+      std::snprintf(name, sizeof name, "%s, %d warpgroups of products, %d tiles under way", LOAD_NAMES[LOAD], products, stages);
       std::snprintf(more, sizeof more, ", \"tensor_share\": %.4f", 560 * units_per_clock(timing, 0, products));
       double tiles = stages ? units_per_clock(timing, products, products + 1) : 0;
       report("loads", name, tiles * TILE, "bytes a clock a multiprocessor", 21.0, timing, right, more);
     }
-}
-
-Device prepare() {
-  cudaDeviceProp properties;
-  CHECK(cudaGetDeviceProperties(&properties, 0));
-  if (properties.major != 9) {
-    std::printf("{\"error\": \"needs compute capability 9.0, got %d.%d (%s)\"}\n", properties.major, properties.minor,
-                properties.name);
-    std::exit(1);
-  }
-  Device device{};
-  device.multiprocessors = properties.multiProcessorCount;
-  CHECK(cudaMalloc(&device.clocks, sizeof(Clocks) * MOST_WARPGROUPS * device.multiprocessors));
-  CHECK(cudaMalloc(&device.d, 192 * 176 * 4));
-  CHECK(cudaMalloc(&device.out, 4 * 512 * device.multiprocessors));
-  CHECK(cudaMalloc(&device.wrong, sizeof(int)));
-  uint32_t state = 1;
-  auto random = [&] { return state = state * 1664525u + 1013904223u, state >> 16; };
-  auto upload = [&](bf16*& to, size_t count, std::vector<float>* keep) {
-    std::vector<bf16> values(count);
-    for (auto& value : values) {
-      float x = float(int(random() % 15)) - 7;  // sums of products stay exact in float32
-      value = __float2bfloat16(keep ? x : x + (random() % 128) / 128.f);
-      if (keep) keep->push_back(x);
-    }
-    CHECK(cudaMalloc(&to, count * 2));
-    CHECK(cudaMemcpy(to, values.data(), count * 2, cudaMemcpyHostToDevice));
-  };
-  upload(device.a, 192 * 176, &device.host_a);
-  upload(device.b, 176 * 176, &device.host_b);
-  upload(device.qkv, size_t(TOKENS) * 3 * HEADS * D, nullptr);
-  std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"runtime\": %d}\n", properties.name, device.multiprocessors,
-              CUDART_VERSION);
-  return device;
 }
 
 int main(int count, char** names) {
@@ -457,6 +304,14 @@ int main(int count, char** names) {
     beside_case<SOFTMAX, 0>(device);
     beside_case<SOFTMAX, 2>(device);
   }
+  if (wanted("operation")) {
+    operation_case<UNIT>(device);
+    operation_case<MULTIPLY>(device);
+    operation_case<ADD>(device);
+    operation_case<FUSED>(device);
+    operation_case<MAXIMUM>(device);
+    operation_case<PACK>(device);
+  }
   if (wanted("skeleton")) {
     skeleton_case<112, SERIAL, 0>(device);
     skeleton_case<112, TOGETHER, 0>(device);
@@ -484,10 +339,18 @@ int main(int count, char** names) {
     tma_case<FIVE_BOXES>(device);
     tma_case<COLUMNS_64>(device);
     tma_case<CONTIGUOUS>(device);
+    tma_case<PADDED>(device);
   }
-  if (wanted("loads")) loads_beside_case(device);
+  if (wanted("loads")) {
+    loads_beside_case<CHUNKS>(device);
+    loads_beside_case<SPLIT_64_16>(device);
+    loads_beside_case<PADDED>(device);
+  }
   if (wanted("bytes")) bytes_case(device);
   if (wanted("wait")) wait_case(device);
-  if (wanted("shared")) shared_load_case(device);
+  if (wanted("shared")) {
+    shared_load_case<CHUNKS>(device);
+    shared_load_case<SPLIT_64_16>(device);
+  }
   return every_result_right ? 0 : 2;
 }

@@ -5,9 +5,21 @@
 
 // ---- 3: TMA loads that hit L2 ----
 
-enum Load { CHUNKS, SPLIT_64_16, ROW_160, FIVE_BOXES, COLUMNS_64, CONTIGUOUS };
-constexpr const char* LOAD_NAMES[] = {"{16,112,5} 32-byte swizzle", "64 + 16 columns",  "160-byte row, no swizzle",
-                                      "five {16,112} boxes",        "64 columns alone", "contiguous tile, bulk copy"};
+enum Load { CHUNKS, SPLIT_64_16, ROW_160, FIVE_BOXES, COLUMNS_64, CONTIGUOUS, PADDED };
+constexpr const char* LOAD_NAMES[] = {"{16,112,5} 32-byte swizzle",
+                                      "64 + 16 columns",
+                                      "160-byte row, no swizzle",
+                                      "five {16,112} boxes",
+                                      "64 columns alone",
+                                      "contiguous tile, bulk copy",
+                                      "64 + 64 columns, 48 of them outside"};
+
+template <Load LOAD>
+constexpr int LOADED_BYTES = LOAD == COLUMNS_64 ? ROWS * 128
+                             : LOAD == PADDED   ? ROWS * 256
+                                                : TILE;
+template <Load LOAD>
+constexpr int STAGE_BYTES = (LOADED_BYTES<LOAD> + 1023) / 1024 * 1024;
 
 // Tile i of a block: K and V in turn, of one head, from the last row block to the first.
 DEV int3 tile_of(int i, int apart) {
@@ -21,6 +33,10 @@ DEV void load_tile(uint32_t to, const CUtensorMap& map, const CUtensorMap& map16
   const int row = tile.x, head = tile.y * HEADS + tile.z;
   if constexpr (LOAD == CHUNKS) tma_4d(to, map, barrier, 0, row, 0, head);
   if constexpr (LOAD == SPLIT_64_16 || LOAD == ROW_160 || LOAD == COLUMNS_64) tma_3d(to, map, barrier, 0, row, head);
+  if constexpr (LOAD == PADDED) {
+    tma_3d(to, map, barrier, 0, row, head);
+    tma_3d(to + ROWS * 128, map, barrier, 64, row, head);
+  }
   if constexpr (LOAD == SPLIT_64_16) tma_3d(to + ROWS * 128, map16, barrier, 64, row, head);
   if constexpr (LOAD == FIVE_BOXES)
     for (int i = 0; i < 5; i++) tma_3d(to + i * ROWS * 32, map16, barrier, 16 * i, row, head);
@@ -31,6 +47,7 @@ template <Load LOAD>
 DEV uint32_t loaded_place(int row, int column) {
   if (LOAD == CHUNKS || LOAD == FIVE_BOXES) return place<32>(row, column, ROWS);
   if (LOAD == ROW_160 || LOAD == CONTIGUOUS) return row * 160 + column * 2;
+  if (LOAD == PADDED) return place<128>(row, column, ROWS);
   return column < 64 ? place<128>(row, column, ROWS) : ROWS * 128 + place<32>(row, column - 64, ROWS);
 }
 
@@ -39,7 +56,7 @@ template <Load LOAD>
 __global__ void __launch_bounds__(128, 1)
     tma_rate(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap map16, const bf16* qkv, int tiles,
              int stages, int apart, int* wrong, Clocks* clocks) {
-  constexpr int stage_bytes = 18 * 1024, bytes = LOAD == COLUMNS_64 ? ROWS * 128 : TILE;
+  constexpr int stage_bytes = STAGE_BYTES<LOAD>;
   const uint32_t at = shared_address(shared_bytes), full = at + stages * stage_bytes;
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; s++) barrier_init(full + 8 * s, 1);
@@ -50,7 +67,7 @@ __global__ void __launch_bounds__(128, 1)
     long long start = clock64();
     for (int i = 0, s = 0, parity = 1; i < tiles; i++) {
       if (i >= stages) barrier_wait(full + 8 * s, parity);
-      expect_bytes(full + 8 * s, bytes);
+      expect_bytes(full + 8 * s, LOADED_BYTES<LOAD>);
       load_tile<LOAD>(at + s * stage_bytes, map, map16, qkv, full + 8 * s, tile_of(i, apart));
       if (++s == stages) s = 0, parity ^= 1;
     }
@@ -62,11 +79,13 @@ __global__ void __launch_bounds__(128, 1)
   for (int i = tiles - stages; i < tiles; i++) {
     barrier_wait(full + 8 * (i % stages), i / stages & 1);
     int3 tile = tile_of(i, apart);
-    for (int j = threadIdx.x; j < bytes / 2; j += 128) {
-      int columns = LOAD == COLUMNS_64 ? 64 : D, row = j / columns, column = j % columns, head = tile.y * HEADS + tile.z;
+    constexpr int columns = LOADED_BYTES<LOAD> / ROWS / 2;
+    for (int j = threadIdx.x; j < ROWS * columns; j += 128) {
+      int row = j / columns, column = j % columns, head = tile.y * HEADS + tile.z;
       const bf16* source = LOAD == CONTIGUOUS ? qkv + (head * TOKENS + tile.x + row) * D + column
-                                              : qkv + (tile.x + row) * 3 * HEADS * D + head * D + column;
-      differ += load_shared(at + i % stages * stage_bytes + loaded_place<LOAD>(row, column)) != __bfloat16_as_ushort(*source);
+                                              : qkv + (tile.x + row) * 3 * HEADS * D + head * D + min(column, D - 1);
+      uint16_t expected = column < D ? __bfloat16_as_ushort(*source) : 0;
+      differ += load_shared(at + i % stages * stage_bytes + loaded_place<LOAD>(row, column)) != expected;
     }
   }
   if (differ) atomicAdd(wrong, differ);
@@ -107,10 +126,11 @@ __global__ void __launch_bounds__(128, 1)
 
 // Two warpgroups multiply what lies still in shared memory, one thread of a third keeps `stages` tiles under way; all for
 // `budget` clocks. The third's units are tiles.
+template <Load LOAD>
 __global__ void __launch_bounds__(384, 1)
-    loads_beside(const __grid_constant__ CUtensorMap map, const bf16* a, const bf16* b, float* d, int product_groups,
-                 int stages, long long budget, Clocks* clocks) {
-  constexpr int stage_bytes = 18 * 1024, resident = 64 * 1024;
+    loads_beside(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap map16, const bf16* a,
+                 const bf16* b, float* d, int product_groups, int stages, long long budget, Clocks* clocks) {
+  constexpr int stage_bytes = STAGE_BYTES<LOAD>, resident = 64 * 1024;
   const uint32_t at = shared_address(shared_bytes), ring = at + resident, full = ring + stages * stage_bytes;
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   fill_products<ROWS>(a, b, at);
@@ -122,15 +142,15 @@ __global__ void __launch_bounds__(384, 1)
   const long long start = clock64();
   if (group < product_groups) {
     Products<ROWS> products(a, b, at);
-    const long long units = products.repeat(start, budget, group);
+    const long long units = products.repeat<Products<ROWS>::BLOCK>(start, budget, group);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);
   } else if (thread == 0 && stages) {
     int i = 0, s = 0, parity = 1;
     for (; i < stages || clock64() - start < budget; i++) {
       if (i >= stages) barrier_wait(full + 8 * s, parity);
-      expect_bytes(full + 8 * s, TILE);
-      load_tile<CHUNKS>(ring + s * stage_bytes, map, map, nullptr, full + 8 * s, tile_of(i, 0));
+      expect_bytes(full + 8 * s, LOADED_BYTES<LOAD>);
+      load_tile<LOAD>(ring + s * stage_bytes, map, map16, nullptr, full + 8 * s, tile_of(i, 0));
       if (++s == stages) s = 0, parity ^= 1;
     }
     for (int left = i - stages; left < i; left++) barrier_wait(full + 8 * (left % stages), left / stages & 1);
@@ -140,8 +160,10 @@ __global__ void __launch_bounds__(384, 1)
 
 // Two blocks of a cluster work on the same head. Each tile is loaded by one of them and lands in both: K by the first, V by the
 // second. A stage is loaded again when both have said that theirs is free.
+template <Load LOAD>
 __global__ void __launch_bounds__(128, 1) __cluster_dims__(2)
-    tma_shared(const __grid_constant__ CUtensorMap map, const bf16* qkv, int tiles, int stages, int* wrong, Clocks* clocks) {
+    tma_shared(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap map16, const bf16* qkv, int tiles,
+               int stages, int* wrong, Clocks* clocks) {
   constexpr int stage_bytes = 18 * 1024;
   const uint32_t at = shared_address(shared_bytes), full = at + stages * stage_bytes, empty = full + 8 * stages;
   const uint32_t rank = blockIdx.x % 2;
@@ -163,7 +185,13 @@ __global__ void __launch_bounds__(128, 1) __cluster_dims__(2)
       if (rank == uint32_t(i & 1)) {
         barrier_wait_cluster(empty + 8 * s, parity);
         int3 t = tile(i);
-        tma_4d_multicast(at + s * stage_bytes, map, full + 8 * s, 0, t.x, 0, t.y * HEADS + t.z, 3);
+        const int head = t.y * HEADS + t.z;
+        if constexpr (LOAD == CHUNKS) {
+          tma_4d_multicast(at + s * stage_bytes, map, full + 8 * s, 0, t.x, 0, head, 3);
+        } else {
+          tma_3d_multicast(at + s * stage_bytes, map, full + 8 * s, 0, t.x, head, 3);
+          tma_3d_multicast(at + s * stage_bytes + ROWS * 128, map16, full + 8 * s, 64, t.x, head, 3);
+        }
       }
       if (++s == stages) s = 0, parity ^= 1;
     }
@@ -177,7 +205,7 @@ __global__ void __launch_bounds__(128, 1) __cluster_dims__(2)
     int3 t = tile(i);
     for (int j = threadIdx.x; j < TILE / 2; j += 128) {
       const bf16* source = qkv + (t.x + j / D) * 3 * HEADS * D + (t.y * HEADS + t.z) * D + j % D;
-      uint32_t from = at + i % stages * stage_bytes + place<32>(j / D, j % D, ROWS);
+      uint32_t from = at + i % stages * stage_bytes + loaded_place<LOAD>(j / D, j % D);
       differ += load_shared(from) != __bfloat16_as_ushort(*source);
     }
   }

@@ -151,16 +151,19 @@ struct Products {  // the matrix products of one block of N rows: S = Q K^T (fiv
 #pragma unroll
     for (int i = 0; i < N / 16; i++) wgmma<1>(o, p[i], v + step_offset<32, true>(i, N));
   }
+  // BLOCK: Q K and P V. SCORES: Q K alone (A in shared memory). OUTPUT: P V alone (A in registers).
+  enum Kind { BLOCK, SCORES, OUTPUT };
   // Block after block for `budget` clocks; how many. Warps of a warpgroup that differ in the number of their wgmma are an
   // illegal instruction, so they agree on going on, every eight blocks.
+  template <Kind KIND>
   DEV long long repeat(long long start, long long budget, int group) {
     long long blocks = 0;
     do {
 #pragma unroll 1
       for (int i = 0; i < 8; i++) {
         wgmma_fence();
-        qk();
-        pv();
+        if constexpr (KIND != OUTPUT) qk(KIND == SCORES);  // kept: overwritten products would be removed
+        if constexpr (KIND != SCORES) pv();
         wgmma_commit();
         wgmma_wait<1>();
       }
@@ -236,7 +239,7 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
   long long units = 0;
   if (group < product_groups) {
     Products<ROWS> products(a, b, at);
-    units = products.repeat(start, budget, group);
+    units = products.repeat<Products<ROWS>::BLOCK>(start, budget, group);
     record(clocks, start, units);
     if (blockIdx.x == gridDim.x - 1 && group == 0) products.store(d, thread);
   } else if constexpr (WORK == EXP2) {
@@ -268,6 +271,65 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
     float error = fmaxf(fabsf(softmax.sum[0] / (28.f * units) - 1.f), fabsf(softmax.sum[1] / (28.f * units) - 1.f));
     out[blockIdx.x * blockDim.x + threadIdx.x] = error + scaled + (bits == 1);
   }
+}
+
+// Single operations, sixteen chains a thread, each with a result that is known whatever the count.
+enum Operation { UNIT, MULTIPLY, ADD, FUSED, MAXIMUM, PACK };
+constexpr const char* OPERATION_NAMES[] = {"MUFU.EX2", "FMUL by a scalar", "FADD", "FFMA of three registers", "FMNMX", "F2FP"};
+
+template <Operation OPERATION>
+DEV void operate(float (&x)[16], const float (&y)[16], const float (&z)[16], float minus) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    if constexpr (OPERATION == UNIT) x[i] = exp2_unit(-x[i]);
+    if constexpr (OPERATION == MULTIPLY) x[i] *= minus;
+    if constexpr (OPERATION == ADD) x[i] += y[i];
+    if constexpr (OPERATION == FUSED) x[i] = fmaf(x[i], y[i], z[i]);
+    if constexpr (OPERATION == MAXIMUM) x[i] = fmaxf(x[i], x[(i + 1) % 16]);
+    if constexpr (OPERATION == PACK) x[i] = __uint_as_float(pack(x[i], x[(i + 1) % 16]));
+  }
+}
+
+// The first warpgroup multiplies (if `product_groups` is 1), the others do one operation over and over; units are rounds of 16.
+template <Operation OPERATION, bool SCORES>
+__global__ void __launch_bounds__(384, 1) operation_beside(const bf16* a, const bf16* b, float* out, int product_groups,
+                                                           long long budget, float minus, Clocks* clocks) {
+  using Tile = Products<ROWS>;
+  const uint32_t at = shared_address(shared_bytes);
+  const int group = threadIdx.x / 128;
+  fill_products<ROWS>(a, b, at);
+  __syncthreads();
+  const long long start = clock64();
+  if (group < product_groups) {
+    Tile products(a, b, at);
+    long long units = products.repeat<SCORES ? Tile::SCORES : Tile::OUTPUT>(start, budget, group);
+    record(clocks, start, units);
+    float sum = 0.f;
+    for (int i = 0; i < 56; i++) sum += SCORES ? products.s[i] : products.o[i % 40];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = sum == 0.5f;  // sums of integers
+    return;
+  }
+  float x[16], y[16], z[16], worst = 0.f;
+  long long units = 0;
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    x[i] = -minus;
+    y[i] = OPERATION == FUSED ? -minus * (32 + i) / 64.f : -minus * (i + 1);
+    z[i] = -minus - y[i];
+  }
+  while (clock64() - start < budget) {
+#pragma unroll
+    for (int round = 0; round < 8; round++) operate<OPERATION>(x, y, z, minus);
+    units += 8;
+  }
+  record(clocks, start, units);
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    float expected = OPERATION == UNIT ? 0.64118574f : OPERATION == ADD ? 1.f + units * (i + 1) : 1.f;
+    if (OPERATION == PACK) expected = __uint_as_float(0x3f803f80);
+    worst = fmaxf(worst, fabsf(x[i] - expected));
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = worst;
 }
 
 // ---- 6: the loop of the attention kernel without its loads ----

@@ -172,6 +172,13 @@ DEV void tma_4d(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, i
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+DEV void tma_3d_multicast(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, int c1, int c2, int mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(uint16_t(mask))
+      : "memory");
+}
 DEV void tma_4d_multicast(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3, int mask) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "

@@ -102,14 +102,29 @@ def test_the_exponentials_run_under_the_second_product(code, arguments):
         ("tma_rateIL4Load3E", "UTMALDG.3D ", 5),
         ("tma_rateIL4Load4E", "UTMALDG.3D ", 1),
         ("tma_rateIL4Load5E", "UBLKCP", 1),
-        ("tma_shared", "UTMALDG.4D.MULTICAST", 1),
-        ("loads_beside", "UTMALDG.4D ", 1),
-        ("loads_beside", "HGMMA", 12),
+        ("tma_rateIL4Load6E", "UTMALDG.3D ", 2),
+        ("tma_sharedIL4Load0E", "UTMALDG.4D.MULTICAST", 1),
+        ("tma_sharedIL4Load1E", "UTMALDG.3D.MULTICAST", 2),
+        ("loads_besideIL4Load0E", "UTMALDG.4D ", 1),
+        ("loads_besideIL4Load1E", "UTMALDG.3D ", 2),
+        ("loads_besideIL4Load0E", "HGMMA", 12),
         ("wait_coverage", "HGMMA", 20),
     ],
 )
 def test_the_loads_are_the_ones_meant(code, kernel, instruction, count):
     assert only(code, kernel).count(instruction) == count
+
+
+# Template arguments: operation, products of scores (five wgmma) or of outputs (seven).
+@pytest.mark.parametrize(
+    ("operation", "instructions"),
+    [(0, ("MUFU.EX2",)), (1, ("FMUL",)), (2, ("FADD", "FFMA")), (3, ("FFMA",)), (4, ("FMNMX",)), (5, ("F2FP",))],
+)
+def test_the_operation_stands_beside_the_products(code, operation, instructions):
+    for scores, products in ((1, 5), (0, 7)):
+        text = only(code, f"operation_besideIL9Operation{operation}ELb{scores}E")
+        assert text.count("HGMMA") == products
+        assert sum(text.count(name) for name in instructions) >= 8 * 16
 
 
 def test_without_a_device_it_says_so(built, monkeypatch, capsys, tmp_path):
