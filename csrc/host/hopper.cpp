@@ -59,7 +59,7 @@ void mbarrier_init(uint32_t address, int arrivals) {
   mark_mbarrier(address);
   Mbarrier barrier;
   barrier.arrivals = barrier.pending = arrivals;
-  barrier.component = static_cast<int>(block.threads.size() + block.warps.size() + block.mbarriers.size());
+  barrier.component = static_cast<int>(block.threads.size() + 2 * block.warps.size() + block.mbarriers.size());
   barrier.creator = self.index;
   if (block.launch.races) {
     if (barrier.component >= block.components) fail("more than 32 mbarriers");

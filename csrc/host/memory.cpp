@@ -20,7 +20,7 @@ std::string name_of(int component) {
   } else if (component < threads + warps) {
     std::snprintf(text, sizeof text, "products of warp %d", component - threads);
   } else {
-    std::snprintf(text, sizeof text, "TMA through mbarrier %d", component - threads - warps);
+    std::snprintf(text, sizeof text, "TMA through mbarrier %d", component - threads - 2 * warps);
   }
   return text;
 }
@@ -28,7 +28,6 @@ std::string name_of(int component) {
 const char* name_of(Access access) {
   switch (access) {
     case Access::load: return "load";
-    case Access::matrix_load: return "load of a matrix";
     case Access::store: return "store";
     case Access::async_load: return "asynchronous load";
     default: return "asynchronous store";
@@ -57,22 +56,22 @@ void check_word(uint32_t word, Access access, const uint32_t* known) {
   }
 }
 
-void check_readers(uint32_t word, Access access, const uint32_t* known, int thread) {
+void check_readers(uint32_t word, Access access, const uint32_t* known) {
   const size_t warps = block.warps.size(), threads = block.threads.size();
-  uint32_t* times = block.reads.data() + word * 2 * warps;
+  uint32_t* times = block.reads.data() + word * 3 * warps;
   for (size_t w = 0; w < warps; ++w) {
-    const uint8_t lane = block.readers[word * warps + w];
-    const size_t reader = w * LANES + lane % COLLECTIVE;
-    // No lane comes out of load_matrices before all of its rows were read.
-    const bool over = lane >= COLLECTIVE && static_cast<int>(w) == thread / LANES;
-    if (known[reader] < times[w] && !over) {
+    const size_t reader = w * LANES + block.readers[word * warps + w];
+    if (known[reader] < times[w]) {
       fail("race: %s at %u is not ordered after the load by thread %zu", name_of(access), word * 4, reader);
     }
     if (known[threads + w] < times[warps + w]) {
       fail("race: %s at %u while products of warp %zu may still read it", name_of(access), word * 4, w);
     }
+    if (known[threads + warps + w] < times[2 * warps + w]) {
+      fail("race: %s at %u is not ordered after the load_matrices of warp %zu", name_of(access), word * 4, w);
+    }
   }
-  std::fill(times, times + 2 * warps, 0u);
+  std::fill(times, times + 3 * warps, 0u);
 }
 
 }  // namespace
@@ -96,12 +95,24 @@ unsigned char* touch(uint32_t address, int size, Access access, int thread) {
   for (uint32_t word = (address - block.base) / 4; word < (address - block.base + size + 3) / 4; ++word) {
     check_word(word, access, known);
     if (stores) {
-      check_readers(word, access, known, thread);
+      check_readers(word, access, known);
       block.shadow[word] = {known[thread], static_cast<uint16_t>(thread), 0, access == Access::async_store};
     } else {
-      block.reads[word * 2 * warps + thread / LANES] = known[thread];
-      block.readers[word * warps + thread / LANES] = thread % LANES + (access == Access::matrix_load ? COLLECTIVE : 0);
+      block.reads[word * 3 * warps + thread / LANES] = known[thread];
+      block.readers[word * warps + thread / LANES] = thread % LANES;
     }
+  }
+  return bytes;
+}
+
+const unsigned char* touch_matrix(uint32_t address, int thread) {
+  const unsigned char* bytes = place(address, 16);
+  if (address % 16 != 0) fail("a matrix's row at %u is not aligned", address - block.base);
+  if (!block.launch.races) return bytes;
+  const size_t warps = block.warps.size(), warp = thread / LANES;
+  for (uint32_t word = (address - block.base) / 4; word < (address - block.base) / 4 + 4; ++word) {
+    check_word(word, Access::load, clock_of(thread));
+    block.reads[word * 3 * warps + 2 * warps + warp] = block.warps[warp].matrix_loads;
   }
   return bytes;
 }
@@ -112,7 +123,7 @@ const unsigned char* touch_product(uint32_t address, int size, int warp, int gro
   const size_t warps = block.warps.size();
   for (uint32_t word = (address - block.base) / 4; word < (address - block.base + size + 3) / 4; ++word) {
     check_word(word, Access::async_load, known.data());
-    block.reads[word * 2 * warps + warps + warp] = static_cast<uint32_t>(group) + 1;
+    block.reads[word * 3 * warps + warps + warp] = static_cast<uint32_t>(group) + 1;
   }
   return bytes;
 }

@@ -209,10 +209,10 @@ void start_block(const Launch& launch, int index) {
   const int words = (launch.shared_bytes + 3) / 4;
   block.memory.assign(words, POISON);
   if (launch.races) {
-    block.components = launch.threads + warps + 32;
+    block.components = launch.threads + 2 * warps + 32;
     block.clocks.assign(static_cast<size_t>(launch.threads) * block.components, 0);
     block.shadow.assign(words, Shadow());
-    block.reads.assign(static_cast<size_t>(words) * 2 * warps, 0);
+    block.reads.assign(static_cast<size_t>(words) * 3 * warps, 0);
     block.readers.assign(static_cast<size_t>(words) * warps, 0);
   } else {
     block.components = 0;
@@ -342,7 +342,6 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   if (threads <= 0 || threads % LANES != 0) fail("barrier %d for %d threads: whole warps meet", id, threads);
   if (barrier.arrived == 0) {
     barrier.expected = threads;
-    barrier.any = false;
     barrier.clock.assign(block.components, 0);
   } else if (barrier.expected != threads) {
     fail("barrier %d for %d threads, where others came for %d", id, threads, barrier.expected);
@@ -350,10 +349,7 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   for (int waiting : barrier.waiting) {
     if (waiting == warp) fail("warp %d comes twice to barrier %d", warp, id);
   }
-  for (int lane = 0; lane < LANES; ++lane) {
-    release(warp * LANES + lane, barrier.clock);
-    if (block.warps[warp].operands[lane] != nullptr) barrier.any |= operand_of<Vote<bool>>(warp, lane).in;
-  }
+  for (int lane = 0; lane < LANES; ++lane) release(warp * LANES + lane, barrier.clock);
   barrier.arrived += LANES;
   if (waits) barrier.waiting.push_back(warp);
   if (barrier.arrived < barrier.expected) return !waits;
@@ -361,10 +357,7 @@ bool arrive_at_barrier(int warp, int id, int threads, bool waits) {
   barrier.waiting.clear();
   barrier.arrived = 0;
   for (int other : waiting) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      acquire(other * LANES + lane, barrier.clock);
-      if (block.warps[other].operands[lane] != nullptr) operand_of<Vote<bool>>(other, lane).out = barrier.any;
-    }
+    for (int lane = 0; lane < LANES; ++lane) acquire(other * LANES + lane, barrier.clock);
     if (other != warp) wake_warp(other);
   }
   return true;
@@ -396,13 +389,6 @@ void named_barrier_wait(int id, int threads) {
 void named_barrier_arrive(int id, int threads) {
   check_id(id);
   meet("named_barrier_arrive", (static_cast<int64_t>(id) << 32) + threads, nullptr, pass_barrier);
-}
-
-bool named_barrier_any(int id, int threads, bool x) {
-  check_id(id);
-  Vote<bool> own{x, false};
-  meet("named_barrier_any", (static_cast<int64_t>(id) << 32) + threads, &own, meet_at_barrier);
-  return own.out;
 }
 
 void warp_barrier() {

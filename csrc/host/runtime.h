@@ -12,7 +12,6 @@ namespace qwen2vl_fast {
 namespace host {
 
 constexpr int LANES = 32;
-constexpr uint8_t COLLECTIVE = 128;
 constexpr uint32_t POISON = 0xffffffffu;  // NaN in float32, and twice in bf16 and fp16
 
 struct Launch {
@@ -74,6 +73,7 @@ struct Warp {
   int arrived = 0;
   void* operands[LANES];
   int registers = 0;
+  uint32_t matrix_loads = 0;
   // Warpgroup products.
   bool fenced = false;
   int groups = 0, retired = 0;
@@ -86,7 +86,6 @@ struct Warp {
 struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<int> waiting;  // warps
-  bool any = false;
   std::vector<uint32_t> clock;
 };
 
@@ -112,7 +111,7 @@ struct Shadow {
   uint8_t asynchronous = 0;  // the last write came through the asynchronous proxy
 };
 
-enum class Access { load, matrix_load, store, async_load, async_store };
+enum class Access { load, store, async_load, async_store };
 
 struct Block {
   Launch launch;
@@ -131,12 +130,13 @@ struct Block {
 
   uint32_t base = 0;             // address of shared memory
   std::vector<uint32_t> memory;  // words
-  // Vector clocks: components are threads, then each warp's warpgroup products, then mbarriers (what TMA writes).
+  // Vector clocks: components are threads, then each warp's warpgroup products, then its loads of matrices, then mbarriers (what
+  // TMA writes).
   int components = 0;
   std::vector<uint32_t> clocks;  // [threads, components]
   std::vector<Shadow> shadow;    // a word
-  std::vector<uint32_t> reads;   // [words, 2 * warps]: time of a warp's last load, and of its products' last load
-  std::vector<uint8_t> readers;  // [words, warps]: lane of the last load, or COLLECTIVE and it
+  std::vector<uint32_t> reads;   // [words, 3 * warps]: time of a warp's last load, of its products', of its matrices'
+  std::vector<uint8_t> readers;  // [words, warps]: lane of the last load
 };
 
 extern Block block;
@@ -167,6 +167,8 @@ Operand& operand_of(int warp, int lane) {
 
 // Shared memory by address: checks bounds, alignment and order, and gives the place.
 unsigned char* touch(uint32_t address, int size, Access access, int thread);
+// The same for one row of a matrix that a warp loads: no lane goes on before all rows were read.
+const unsigned char* touch_matrix(uint32_t address, int thread);
 // The same for a group of a warp's products, whose loads last until it is waited for.
 const unsigned char* touch_product(uint32_t address, int size, int warp, int group, const std::vector<uint32_t>& known);
 unsigned char* place(uint32_t address, int size);

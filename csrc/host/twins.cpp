@@ -63,9 +63,13 @@ struct Matrices {
 
 bool load_matrices_of_warp(int warp, int64_t transposed) {
   uint16_t elements[4][8][8];
+  const uint32_t count = ++block.warps[warp].matrix_loads;
   for (int lane = 0; lane < LANES; ++lane) {
-    std::memcpy(elements[lane / 8][lane % 8],
-                touch(operand_of<Matrices>(warp, lane).row, 16, Access::matrix_load, warp * LANES + lane), 16);
+    const unsigned char* row = touch_matrix(operand_of<Matrices>(warp, lane).row, warp * LANES + lane);
+    std::memcpy(elements[lane / 8][lane % 8], row, 16);
+  }
+  for (int lane = 0; lane < LANES && block.launch.races; ++lane) {
+    clock_of(warp * LANES + lane)[block.threads.size() + block.warps.size() + warp] = count;
   }
   for (int lane = 0; lane < LANES; ++lane) {
     const int g = lane / 4, t = lane % 4 * 2;

@@ -78,7 +78,6 @@ void give_registers(int registers);                 // warp
 void take_registers(int registers);                 // warp
 void named_barrier_wait(int id, int threads);       // warp
 void named_barrier_arrive(int id, int threads);     // warp
-bool named_barrier_any(int id, int threads, bool x);  // warp; whether x holds in a thread that meets there
 
 }  // namespace host
 

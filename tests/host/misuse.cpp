@@ -75,7 +75,7 @@ struct Faults {
         store_shared(memory + (right ? 0 : 65536) + 4 * thread, 1.0f);
         break;
       case 9:  // aligned
-        for (int i = 0; i < 4; ++i) x = bits_float(load_shared_16(memory + 16 * thread + (right ? 0 : 4)).word[0]);
+        for (int i = 0; i < 4; ++i) x = host::bits_float(load_shared_16(memory + 16 * thread + (right ? 0 : 4)).word[0]);
         break;
       case 10:  // named barriers: the producer's arrival is part of the count
         if (warp < 4) {
@@ -139,7 +139,7 @@ struct Faults {
     for (int i = 0; i < ROUNDS; ++i) {
       if (fault != 18) mbarrier_wait(full, fault == 19 ? 0 : i & 1);
       if (fault == 20 && lane == 0) mbarrier_arrive(empty);
-      x += bits_float(load_shared_16(memory + 16 * (thread - 128)).word[0]);
+      x += host::bits_float(load_shared_16(memory + 16 * (thread - 128)).word[0]);
       if (fault != 21) warp_barrier();
       if (fault != 20 && lane == 0) mbarrier_arrive(empty);
     }

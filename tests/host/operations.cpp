@@ -37,9 +37,9 @@ struct Mma : OneWarpgroup<1024> {
     const uint32_t* in = args.in + 10 * thread_index();
     const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
     float c[4];
-    for (int i = 0; i < 4; ++i) c[i] = bits_float(in[6 + i]);
+    for (int i = 0; i < 4; ++i) c[i] = host::bits_float(in[6 + i]);
     mma_16x8x16<BF16>(c, a, in[4], in[5]);
-    for (int i = 0; i < 4; ++i) args.out[4 * thread_index() + i] = float_bits(c[i]);
+    for (int i = 0; i < 4; ++i) args.out[4 * thread_index() + i] = host::float_bits(c[i]);
   }
 };
 
@@ -62,13 +62,13 @@ struct Shared : OneWarpgroup<65536> {
     const uint32_t memory = aligned_memory();
     fill(memory, args.image, args.words);
     float d[N / 2];
-    for (int i = 0; i < N / 2; ++i) d[i] = bits_float(args.in[thread_index() * (N / 2) + i]);
+    for (int i = 0; i < N / 2; ++i) d[i] = host::bits_float(args.in[thread_index() * (N / 2) + i]);
     wgmma_fence();
     WgmmaShared<BF16, N>::run(d, args.numbers[1] + (memory >> 4), args.numbers[2] + (memory >> 4), args.numbers[3],
                               args.numbers[0]);
     wgmma_commit();
     wgmma_wait<0>();
-    for (int i = 0; i < N / 2; ++i) args.out[thread_index() * (N / 2) + i] = float_bits(d[i]);
+    for (int i = 0; i < N / 2; ++i) args.out[thread_index() * (N / 2) + i] = host::float_bits(d[i]);
   }
 };
 
@@ -81,12 +81,12 @@ struct FromRegisters : OneWarpgroup<65536> {
     const uint32_t* in = args.in + thread_index() * (4 + N / 2);
     const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
     float d[N / 2];
-    for (int i = 0; i < N / 2; ++i) d[i] = bits_float(in[4 + i]);
+    for (int i = 0; i < N / 2; ++i) d[i] = host::bits_float(in[4 + i]);
     wgmma_fence();
     WgmmaRegisters<BF16, N>::run(d, a, args.numbers[0] + (memory >> 4), args.numbers[1]);
     wgmma_commit();
     wgmma_wait<0>();
-    for (int i = 0; i < N / 2; ++i) args.out[thread_index() * (N / 2) + i] = float_bits(d[i]);
+    for (int i = 0; i < N / 2; ++i) args.out[thread_index() * (N / 2) + i] = host::float_bits(d[i]);
   }
 };
 
@@ -109,7 +109,7 @@ struct TmaImage : OneWarpgroup<65536> {
       host::tma_load(memory, args.map, full, n[12], n[13], n[14], n[15]);
     }
     mbarrier_wait(full, 0);
-    for (int i = thread_index(); i < args.plain.words; i += 128) args.plain.out[i] = float_bits(load_shared_float(memory + 4 * i));
+    for (int i = thread_index(); i < args.plain.words; i += 128) args.plain.out[i] = host::float_bits(load_shared_float(memory + 4 * i));
   }
 };
 
@@ -117,14 +117,14 @@ struct Conversions : OneWarpgroup<1024> {
   static void run(const Arguments& args) {
     for (int i = thread_index(); i < args.words; i += 128) {
       const uint32_t* in = args.in + 2 * i;
-      const float low = bits_float(in[0]), high = bits_float(in[1]);
+      const float low = host::bits_float(in[0]), high = host::bits_float(in[1]);
       const uint32_t b = pack<true>(low, high), h = pack<false>(low, high);
       float back[4];
       unpack<true>(back[0], back[1], b);
       unpack<false>(back[2], back[3], h);
       args.out[6 * i] = b;
       args.out[6 * i + 1] = h;
-      for (int j = 0; j < 4; ++j) args.out[6 * i + 2 + j] = float_bits(back[j]);
+      for (int j = 0; j < 4; ++j) args.out[6 * i + 2 + j] = host::float_bits(back[j]);
     }
   }
 };
