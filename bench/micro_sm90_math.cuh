@@ -132,14 +132,17 @@ __global__ void __launch_bounds__(512, 1) exp2_rate(float a, float b, float* out
 
 enum Work { EXP2, SOFTMAX };
 
-template <int N>
-struct Products {  // the matrix products of one block of N rows: S = Q K^T (five nN), O += P V (N / 16 n80)
-  float s[N / 2], o[40];
+// The matrix products of one block of N rows: S = Q K^T (five nN), O += P V (N / 16 n80). With 88 columns V has a column of
+// ones behind its own, and the rows' sums come out beside O.
+template <int N, int COLUMNS = D>
+struct Products {
+  static constexpr int Q_AT = N * D * 2 + N * 32 * ((COLUMNS + 15) / 16), BYTES = Q_AT + 64 * D * 2;
+  float s[N / 2], o[COLUMNS / 2];
   uint32_t p[N / 16][4];
   uint64_t q, k, v;
   DEV Products(const bf16* a, const bf16* b, uint32_t at) : s{}, o{} {  // a [64, N], b [N, 80]; Q is a's first 80 columns
     load_fragments(p, a, N);
-    q = descriptor<32>(at + 2 * N * D * 2, 64);
+    q = descriptor<32>(at + Q_AT, 64);
     k = descriptor<32>(at, N);
     v = descriptor<32>(at + N * D * 2, N);
   }
@@ -180,30 +183,39 @@ struct Products {  // the matrix products of one block of N rows: S = Q K^T (fiv
   }
 };
 
-template <int N>
+template <int N, int COLUMNS = D>
 DEV void fill_products(const bf16* a, const bf16* b, uint32_t at) {
   fill<32>(at, b, N, D);
   fill<32>(at + N * D * 2, b, N, D);
+  if (COLUMNS > D)
+    for (int i = threadIdx.x; i < 16 * N; i += blockDim.x)
+      store_shared(at + N * D * 2 + place<32>(i / 16, D + i % 16, N), __float2bfloat16(i % 16 ? 0.f : 1.f));
   for (int i = threadIdx.x; i < 64 * D; i += blockDim.x)
-    store_shared(at + 2 * N * D * 2 + place<32>(i / D, i % D, 64), a[i / D * N + i % D]);
+    store_shared(at + Products<N, COLUMNS>::Q_AT + place<32>(i / D, i % D, 64), a[i / D * N + i % D]);
   fence_proxy();
 }
 
+// When O is multiplied because a row's maximum grew: with every block; by 2^8 or more alone; never, with a reference known
+// before.
+enum Rescale { ALWAYS, WHEN_DUE, NEVER };
+
 struct Softmax {  // of one thread's two rows
-  float maximum[2], sum[2];
-  DEV Softmax() : maximum{-INFINITY, -INFINITY}, sum{} {}
-  // s -> probabilities; returns what o is to be multiplied with. SKIP: a maximum that grows by less than 2^8 is not taken up.
-  template <int SIXTEENTHS, bool SKIP, int N>
+  float maximum[2], sum[2], reference;
+  DEV Softmax(float reference) : maximum{-INFINITY, -INFINITY}, sum{}, reference(reference) {}
+  // s -> probabilities; returns what o is to be multiplied with.
+  template <int SIXTEENTHS, Rescale RESCALE, bool ADD, int N>
   DEV float2 exponentials(float (&s)[N], float scale) {
     float alpha[2], minus[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+      alpha[r] = 1.f, minus[r] = reference;
+      if (RESCALE == NEVER) continue;
       float m = maximum[r];
 #pragma unroll
       for (int i = 0; i < N / 2; i++) m = fmaxf(m, s[i / 2 * 4 + 2 * r + i % 2]);
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      if (SKIP && (m - maximum[r]) * scale < 8.f) m = maximum[r];
+      if (RESCALE == WHEN_DUE && (m - maximum[r]) * scale < 8.f) m = maximum[r];
       alpha[r] = exp2_unit((maximum[r] - m) * scale);
       minus[r] = -m * scale;
       maximum[r] = m;
@@ -212,16 +224,16 @@ struct Softmax {  // of one thread's two rows
 #pragma unroll
     for (int i = 0; i < N; i++) s[i] = exp2_mixed<SIXTEENTHS>(fmaf(s[i], scale, minus[i / 2 & 1]), i);
 #pragma unroll
-    for (int i = 0; i < N; i++) sum[i / 2 & 1] += s[i];
+    for (int i = 0; ADD && i < N; i++) sum[i / 2 & 1] += s[i];
     return {alpha[0], alpha[1]};
   }
 };
 
-template <bool SKIP, int N>
-DEV void rescale_and_pack(float (&o)[40], uint32_t (&p)[N][4], const float (&s)[8 * N], float2 alpha) {
-  if (!SKIP || __any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
+template <Rescale RESCALE, int M, int N>
+DEV void rescale_and_pack(float (&o)[M], uint32_t (&p)[N][4], const float (&s)[8 * N], float2 alpha) {
+  if (RESCALE == ALWAYS || (RESCALE == WHEN_DUE && __any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f))) {
 #pragma unroll
-    for (int i = 0; i < 40; i++) o[i] *= i / 2 & 1 ? alpha.y : alpha.x;
+    for (int i = 0; i < M; i++) o[i] *= i / 2 & 1 ? alpha.y : alpha.x;
   }
 #pragma unroll
   for (int i = 0; i < 4 * N; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
@@ -257,11 +269,11 @@ __global__ void __launch_bounds__(384, 1) beside(const bf16* a, const bf16* b, f
     // Probabilities are the next block's scores: they go to 1, so that a row's sum grows by 28 a block.
     float s[56], o[40], scaled = 0.f;
     uint32_t p[7][4], bits = 0;
-    Softmax softmax;
+    Softmax softmax(0.f);
     for (int i = 0; i < 56; i++) s[i] = -0.25f * i;
     for (int i = 0; i < 40; i++) o[i] = zero;
     while (clock64() - start < budget) {
-      rescale_and_pack<false>(o, p, s, softmax.exponentials<SIXTEENTHS, false>(s, 0.125f));
+      rescale_and_pack<ALWAYS>(o, p, s, softmax.exponentials<SIXTEENTHS, ALWAYS, true>(s, 0.125f));
 #pragma unroll
       for (int i = 0; i < 28; i++) bits ^= p[i / 4][i % 4];
       units++;
@@ -341,20 +353,22 @@ enum Order { SERIAL, TOGETHER, UNDER, TURNS };
 constexpr const char* ORDER_NAMES[] = {"one after the other", "P V + Q K, then exponentials", "exponentials under P V",
                                        "exponentials under P V, in turns"};
 
-// Every warpgroup goes `blocks` times over the same K and V. `zero` is 0: it ties the last wait to the row sums, or else the
-// assembler moves that wait above the exponentials.
-template <int N, Order ORDER, int SIXTEENTHS, bool SKIP>
+// Every warpgroup goes `blocks` times over the same K and V. ONES: rows are summed by the tensor cores. `zero` is 0: it ties
+// the last wait to the exponentials, or else the assembler moves that wait above the exponentials.
+template <int N, Order ORDER, int SIXTEENTHS, Rescale RESCALE, bool ONES>
 __global__ void __launch_bounds__(N <= 112 ? 384 : 256, 1)
     skeleton(const bf16* a, const bf16* b, float* d, int blocks, float scale, uint32_t zero, Clocks* clocks) {
-  const uint32_t at = shared_address(shared_bytes), barrier = at + 3 * N * D * 2;
+  constexpr int COLUMNS = ONES ? 88 : D;
+  using Tile = Products<N, COLUMNS>;
+  const uint32_t at = shared_address(shared_bytes), barrier = at + Tile::BYTES;
   const int thread = threadIdx.x % 128, groups = blockDim.x / 128, group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     expect_bytes(barrier, 0);
   }
-  fill_products<N>(a, b, at);
-  Products<N> products(a, b, at);
-  Softmax softmax;
+  fill_products<N, COLUMNS>(a, b, at);
+  Tile products(a, b, at);
+  Softmax softmax(__uint_as_float(zero));
 #pragma unroll
   for (int i = 0; i < N / 4; i++) products.p[i / 4][i % 4] = zero;
   __syncthreads();
@@ -375,12 +389,14 @@ __global__ void __launch_bounds__(N <= 112 ? 384 : 256, 1)
     } else {
       wgmma_wait<0>();
     }
-    float2 alpha = softmax.exponentials<SIXTEENTHS, SKIP>(products.s, scale);
+    float2 alpha = softmax.exponentials<SIXTEENTHS, RESCALE, !ONES>(products.s, scale);
     if constexpr (ORDER == UNDER || ORDER == TURNS) {
-      barrier_wait(barrier + (__float_as_uint(softmax.sum[0] + softmax.sum[1]) & zero), 0);
+      barrier_wait(
+          barrier + (__float_as_uint(ONES ? products.s[0] + products.s[N / 2 - 1] : softmax.sum[0] + softmax.sum[1]) & zero),
+          0);
       wgmma_wait<0>();
     }
-    rescale_and_pack<SKIP>(products.o, products.p, products.s, alpha);
+    rescale_and_pack<RESCALE>(products.o, products.p, products.s, alpha);
     if constexpr (ORDER == SERIAL) {
       wgmma_fence();
       products.pv();
@@ -398,6 +414,7 @@ __global__ void __launch_bounds__(N <= 112 ? 384 : 256, 1)
   record(clocks, start, blocks);
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x < blockDim.x - 128) return;
   for (int r = 0; r < 2; r++) {
+    if (ONES) softmax.sum[r] = thread % 4 ? 0.f : products.o[COLUMNS / 2 - 4 + 2 * r];
     softmax.sum[r] += __shfl_xor_sync(~0u, softmax.sum[r], 1);
     softmax.sum[r] += __shfl_xor_sync(~0u, softmax.sum[r], 2);
   }

@@ -53,6 +53,7 @@ DEV int step_offset(int step, int rows) {
 #define REGS16 REGS0
 #define REGS64 REGS0 REGS1 REGS2 REGS3
 #define REGS80 REGS64 REGS4
+#define REGS88 REGS80 ",%40,%41,%42,%43"
 #define REGS96 REGS80 REGS5
 #define REGS112 REGS96 REGS6
 #define REGS128 REGS112 REGS7
@@ -62,6 +63,7 @@ DEV int step_offset(int step, int rows) {
 #define OUT16 OUT8(0)
 #define OUT64 OUT8(0), OUT8(8), OUT8(16), OUT8(24)
 #define OUT80 OUT64, OUT8(32)
+#define OUT88 OUT80, "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43])
 #define OUT96 OUT80, OUT8(40)
 #define OUT112 OUT96, OUT8(48)
 #define OUT128 OUT112, OUT8(56)
@@ -90,6 +92,7 @@ DEV int step_offset(int step, int rows) {
 WGMMA(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
 WGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 WGMMA(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+WGMMA(88, "%44", "%45", "%46", "%47", "%48", "%49", "%50")
 WGMMA(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 WGMMA(112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 WGMMA(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")

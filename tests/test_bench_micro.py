@@ -83,14 +83,19 @@ def test_the_exponentials_are_mixed_as_said(code, sixteenths, units):
     assert clamps == rounds * (16 - units)
 
 
-# Template arguments: order, sixteenths by polynomial, rescale when due alone. Orders 2 and 3 run them under P V.
-@pytest.mark.parametrize("arguments", [(2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 0, 1), (2, 1, 1), (3, 0, 0), (3, 0, 1), (3, 1, 1)])
-def test_the_exponentials_run_under_the_second_product(code, arguments):
-    order, sixteenths, skip = arguments
-    parts = only(code, f"skeletonILi112EL5Order{order}ELi{sixteenths}ELb{skip}E").split("WARPGROUP.DEPBAR")
-    units = 56 - sum(i * sixteenths % 16 < sixteenths for i in range(56))
-    assert parts[0].count("HGMMA") == 12
-    assert parts[1].count("MUFU.EX2") == units + 2, "the assembler moved a wait above the exponentials"
+# Template arguments: order, sixteenths by polynomial, when to rescale, sums by wgmma. Orders 2 and 3 run them under P V.
+@pytest.mark.parametrize(
+    ("order", "sixteenths", "rescale", "ones"),
+    [(2, 0, 0, 0), (2, 1, 0, 0), (2, 2, 0, 0), (2, 0, 1, 0), (2, 1, 1, 0), (2, 0, 2, 0), (2, 0, 1, 1), (2, 0, 2, 1)]
+    + [(3, 0, 0, 0), (3, 0, 1, 0), (3, 1, 1, 0)],
+)
+def test_the_exponentials_run_under_the_second_product(code, order, sixteenths, rescale, ones):
+    text = only(code, f"skeletonILi112EL5Order{order}ELi{sixteenths}EL7Rescale{rescale}ELb{ones}E")
+    parts = text.split("WARPGROUP.DEPBAR")
+    units = 56 - sum(i * sixteenths % 16 < sixteenths for i in range(56)) + (0 if rescale == 2 else 2)
+    assert parts[0].count("HGMMA.64x112x16") == 5
+    assert parts[0].count("HGMMA.64x88x16" if ones else "HGMMA.64x80x16") == 7
+    assert parts[1].count("MUFU.EX2") == units, "the assembler moved a wait above the exponentials"
 
 
 @pytest.mark.parametrize(
