@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen2vl_fast.ops import backends, varlen_attention
+from qwen2vl_fast.ops import varlen_attention
+from qwen2vl_fast.ops.backends import unusable
 from qwen2vl_fast.positions import attention_schedule
 
 HEADS, HEAD_DIM = 16, 80
@@ -73,7 +74,7 @@ Attend = Callable[[], Tensor]  # -> o [T, H, D]
 
 def ours(problem: Problem) -> Attend:
     backend = "cuda" if problem.qkv.is_cuda else None
-    if backend and (reason := backends.unusable("varlen_attention", backend)):
+    if backend and (reason := unusable("varlen_attention", backend)):
         raise Missing(reason)
     q, k, v = problem.views
     schedule = problem.schedule

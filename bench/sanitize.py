@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qwen2vl_fast import ops
-from qwen2vl_fast.ops import backends
+from qwen2vl_fast.ops.backends import unusable
 from qwen2vl_fast.positions import attention_schedule
 
 TOKENS, LENGTHS = 148, (1, 64, 0, 83)  # no multiple of a tile, an empty segment
@@ -55,9 +55,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         "patchify": lambda backend: ops.patchify(frames, dtype=dtype, backend=backend),
     }
     for op, run in work.items():
-        if backends.unusable(op, "triton", device) is None:
+        if unusable(op, "triton", device) is None:
             yield op, "triton", lambda run=run: run("triton")
-    if backends.unusable("varlen_attention", "cuda", device) is None:
+    if unusable("varlen_attention", "cuda", device) is None:
         yield "varlen_attention", "cuda", lambda: vision_attention("cuda")
         yield "causal varlen_attention", "cuda", lambda: text_attention("cuda")
 
