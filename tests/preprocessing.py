@@ -6,7 +6,6 @@ import io
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import transformers
@@ -105,6 +104,8 @@ def write_clip(
 ) -> Path:
     """Frames to a video file; the default codec loses nothing. Frame i is shown at i * step / rate seconds."""
     pixels = {"png": "rgb24", "gif": "rgb8"}.get(codec, "yuv420p")
+    import av  # the other helpers also serve machines without it
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
