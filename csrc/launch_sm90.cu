@@ -74,8 +74,9 @@ void run(const VarlenAttention& p, int device, void* stream) {
 
 template <bool BF16, bool CAUSAL>
 void choose(const VarlenAttention& p, int rows, int device, void* stream) {
+  // Both sizes take keys in blocks of 96: the bits of a segment don't depend on the pack that the size was chosen for.
   if (p.D == 80 && rows == 192) return run<ForwardSm90<BF16, 80, 192, 96, 4, CAUSAL>>(p, device, stream);
-  if (p.D == 80 && rows == 128) return run<ForwardSm90<BF16, 80, 128, 128, 3, CAUSAL>>(p, device, stream);
+  if (p.D == 80 && rows == 128) return run<ForwardSm90<BF16, 80, 128, 96, 4, CAUSAL>>(p, device, stream);
   if (p.D == 64 && rows == 128) return run<ForwardSm90<BF16, 64, 128, 128, 3, CAUSAL>>(p, device, stream);
   if (p.D == 128 && rows == 128) return run<ForwardSm90<BF16, 128, 128, 128, 2, CAUSAL>>(p, device, stream);
   throw std::invalid_argument("rows: expected 128, or 192 with D = 80, for the sm_90 kernel, got " + std::to_string(rows) +

@@ -225,13 +225,14 @@ def block_rows(lengths: Sequence[int], heads: int, head_dim: int, capability: tu
 def _hopper_microseconds(lengths: Sequence[int], heads: int, rows: int) -> float:
     """Time of the busiest of an H100's 132 multiprocessors, each of which takes every 132nd tile, longest first.
 
-    Fitted to measurements: a tile costs 1.6 microseconds, and each of its blocks of 96 (128) keys 1.30 (1.36).
+    Fitted to measurements: a tile of 192 rows costs 1.6 microseconds and 1.30 for each block of 96 keys. That one of 128 rows takes
+    1.10 a block is an estimate from blocks of 128 keys, which take 1.36.
     """
-    keys, block = {192: (96, 1.30), 128: (128, 1.36)}[rows]
+    block = {192: 1.30, 128: 1.10}[rows]
     longest = torch.tensor(lengths, dtype=torch.int64).sort(descending=True).values
     ends = (-(-longest // rows) * heads).cumsum(0)
     firsts = torch.arange(0, int(ends[-1]) if len(ends) else 0, 132)
-    return float((1.6 + block * -(-longest[torch.searchsorted(ends, firsts, right=True)] // keys)).sum())
+    return float((1.6 + block * -(-longest[torch.searchsorted(ends, firsts, right=True)] // 96)).sum())
 
 
 def attention_tiles(cu_seqlens: torch.Tensor, heads: int, rows: int, causal: bool) -> torch.Tensor:
