@@ -11,6 +11,7 @@ import inspect
 import sys
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from ..ops.backends import _WRITTEN, OPS, check_backend
@@ -71,7 +72,8 @@ def patch(
     options = Options({} if backend is None else {op: backend for op in OPS if op in _WRITTEN[backend]})
     installer = install.Installer(release, options, wanted)
     try:
-        installer.install(hf_model, found)
+        with torch.device("cpu"):  # transformers constructs models under torch.device("meta")
+            installer.install(hf_model, found)
     except BaseException:
         restore(hf_model)  # a part that doesn't bind leaves nothing patched halfway
         raise
