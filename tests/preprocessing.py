@@ -106,8 +106,6 @@ def write_clip(
     pixels = {"png": "rgb24", "gif": "rgb8"}.get(codec, "yuv420p")
     import av  # the other helpers also serve machines without it
 
-    import av  # here, since a machine with a GPU may lack it and needs the rest of this file
-
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
