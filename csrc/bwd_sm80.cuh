@@ -55,8 +55,9 @@ struct RowSums {
       if (!valid) continue;
       const int64_t place = static_cast<int64_t>(head) * p.T + row;
       if (lane == 0) {
-        // -inf for a row without keys: its weights are infinite, and every one of them is masked.
-        args.shift[place] = p.lse[place] * 1.44269504088896341f;
+        const float lse = p.lse[place];
+        // A row without keys: with +inf its masked scores get the weight 0, with -inf they would get NaN.
+        args.shift[place] = lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f;
         args.delta[place] = sum;
       }
       if (args.dq_sum != nullptr) {
@@ -109,8 +110,9 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
 
   // Starts a step's copies. Returns what this thread will put among the statistics: they come by registers, since their
   // addresses are multiples of 4 bytes only. Rows past the end have q = dO = 0 and any finite statistics, so they add nothing.
-  static DEV float load_step(const VarlenAttentionBackward& args, const Tile& tile, int step, uint32_t stage) {
+  static DEV float load_step(const VarlenAttentionBackward& args, int index, int step, uint32_t stage) {
     const VarlenAttention& p = args.problem;
+    const Tile tile = args.key_tiles[not_foreseen(index)];
     const Queries queries(p, tile, step);
     const int64_t first = static_cast<int64_t>(tile.q_row) + queries.first;
     const int valid = tile.rows - queries.first;
@@ -123,28 +125,46 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
     return (thread < STEP ? args.shift : args.delta)[static_cast<int64_t>(queries.head) * p.T + first + row];
   }
 
-  // Scores [keys, queries] to weights. Rows past the block's keys need none where each row's sums are its own; dq adds over the
-  // keys, and there an infinite weight would meet k = 0.
-  static DEV void weights(Step& s, const VarlenAttention& p, const Tile& tile, int first, uint32_t stage) {
+  // Scores [keys, queries] that a query must not see become -inf. Rows past the block's keys need none where each row's sums are
+  // its own; dq adds over the keys, and there an infinite weight would meet k = 0.
+  static DEV void mask(Step& s, const VarlenAttentionBackward& args, int index, int step) {
+    const VarlenAttention& p = args.problem;
+    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const int first = Queries(p, tile, step).first + tile.diagonal;  // the last key that the step's first query sees
+    if (!(p.causal && first < BLOCK - 1) && !(ADD_DQ && tile.keys < BLOCK)) return;
     const int thread = not_foreseen(thread_index()), lane = thread % 32;
-    const float scale_log2 = p.scale * 1.44269504088896341f;
-    // Key j is seen by query i where j <= i + diagonal; a step whose first query sees the whole block needs no mask.
-    const bool masked = (p.causal && first + tile.diagonal < BLOCK - 1) || (ADD_DQ && tile.keys < BLOCK);
 #pragma unroll
     for (int n = 0; n < Rows::STEP_TILES; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = n * 8 + lane % 4 * 2 + e;
-        const float shift = load_shared_float(stage + STATISTICS + column * 4);
-        const int last = p.causal ? Rows::min_of(first + column + tile.diagonal, tile.keys - 1) : tile.keys - 1;
+        const int seen = first + n * 8 + lane % 4 * 2 + e;
+        const int last = p.causal ? Rows::min_of(seen, tile.keys - 1) : tile.keys - 1;
         const int end = last - thread / 32 * 16 * M_TILES - lane / 4;
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (i * 16 + half * 8 > end) s[i][n][2 * half + e] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores to weights.
+  static DEV void weights(Step& s, float scale_log2, uint32_t stage) {
+    const int lane = not_foreseen(thread_index()) % 32;
+#pragma unroll
+    for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float shift = load_shared_float(stage + STATISTICS + (n * 8 + lane % 4 * 2 + e) * 4);
 #pragma unroll
         for (int i = 0; i < M_TILES; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[i][n][2 * half + e];
             x = exp2_fast(fmaf(x, scale_log2, -shift));
-            if (masked && i * 16 + half * 8 > end) x = 0.0f;
           }
         }
       }
@@ -242,19 +262,21 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
     if (steps > 0) {
       Rows::template load_rows<BLOCK>(keys, p.k, tile.k_row, p.k_stride_t, tile.head * p.k_stride_h, tile.keys);
       Rows::template load_rows<BLOCK>(values, p.v, tile.k_row, p.v_stride_t, tile.head * p.v_stride_h, tile.keys);
-      statistic = load_step(args, tile, 0, memory + STAGE_OFFSET);
+      statistic = load_step(args, index, 0, memory + STAGE_OFFSET);
     }
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const uint32_t stage = memory + STAGE_OFFSET + step % STAGES * STAGE;
-      if (thread_index() < 2 * STEP) store_shared(stage + STATISTICS + thread_index() * 4, statistic);
+      const int thread = not_foreseen(thread_index());
+      if (thread < 2 * STEP) store_shared(stage + STATISTICS + thread * 4, statistic);
       copy_async_wait<0>();
       barrier();  // this step's rows are here for all, and nobody reads the last step's any more
-      if (step + 1 < steps) statistic = load_step(args, tile, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
+      if (step + 1 < steps) statistic = load_step(args, index, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
 
       Step weight, slope;
       Rows::multiply(weight, keys, stage);
-      weights(weight, p, tile, Queries(p, tile, step).first, stage);
+      if (ADD_DQ || p.causal) mask(weight, args, index, step);
+      weights(weight, p.scale * 1.44269504088896341f, stage);
       Rows::accumulate(dv, weight, stage + STEP * ROW);
       Rows::multiply(slope, values, stage + STEP * ROW);
       slopes(slope, weight, stage);
@@ -289,7 +311,8 @@ struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
   static constexpr int STAGE_OFFSET = 2 * BLOCK * ROW;
   static constexpr int SMEM = STAGE_OFFSET + STAGES * STAGE;
 
-  static DEV void load_step(const VarlenAttention& p, const Tile& tile, int step, uint32_t stage) {
+  static DEV void load_step(const VarlenAttention& p, int index, int step, uint32_t stage) {
+    const Tile tile = p.tiles[not_foreseen(index)];
     const int head = tile.head / (p.H / p.Hk);
     const int64_t first = static_cast<int64_t>(tile.k_row) + step * STEP;
     const int valid = tile.keys - step * STEP;
@@ -298,13 +321,12 @@ struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
     copy_async_commit();
   }
 
-  // dP to dS, from the scores. Keys that a row must not see have weight 0.
-  static DEV void slopes(Step& x, const Step& s, const VarlenAttention& p, const Tile& tile, int first,
-                         const float (&shift)[M_TILES][2], const float (&delta)[M_TILES][2]) {
+  // Scores [queries, keys] of keys that a query must not see become -inf. `first` is the step's first key.
+  static DEV void mask(Step& s, const VarlenAttention& p, int index, int first) {
+    const Tile tile = p.tiles[not_foreseen(index)];
     const int thread = not_foreseen(thread_index()), lane = thread % 32;
     const int warp_row = thread / 32 * 16 * M_TILES;
-    const float scale_log2 = p.scale * 1.44269504088896341f;
-    const bool masked = first + STEP > tile.keys || (p.causal && first + STEP > warp_row + tile.diagonal + 1);
+    if (first + STEP <= tile.keys && !(p.causal && first + STEP > warp_row + tile.diagonal + 1)) return;
 #pragma unroll
     for (int i = 0; i < M_TILES; ++i) {
 #pragma unroll
@@ -315,8 +337,25 @@ struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
         for (int n = 0; n < Rows::STEP_TILES; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            float weight = exp2_fast(fmaf(s[i][n][2 * half + e], scale_log2, -shift[i][half]));
-            if (masked && n * 8 + e >= end) weight = 0.0f;
+            if (n * 8 + e >= end) s[i][n][2 * half + e] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // dP to dS, from the scores.
+  static DEV void slopes(Step& x, const Step& s, float scale_log2, const float (&shift)[M_TILES][2],
+                         const float (&delta)[M_TILES][2]) {
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float weight = exp2_fast(fmaf(s[i][n][2 * half + e], scale_log2, -shift[i][half]));
             float& slope = x[i][n][2 * half + e];
             slope = weight * (slope - delta[i][half]);
           }
@@ -356,19 +395,20 @@ struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
       Rows::template load_rows<BLOCK>(queries, p.q, tile.q_row, p.q_stride_t, tile.head * p.q_stride_h, tile.rows);
       Rows::template load_rows<BLOCK>(grads, args.grad, tile.q_row, args.grad_stride_t, tile.head * args.grad_stride_h,
                                       tile.rows);
-      load_step(p, tile, 0, memory + STAGE_OFFSET);
+      load_step(p, index, 0, memory + STAGE_OFFSET);
     }
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const uint32_t stage = memory + STAGE_OFFSET + step % STAGES * STAGE;
       copy_async_wait<0>();
       barrier();  // this step's rows are here for all, and nobody reads the last step's any more
-      if (step + 1 < steps) load_step(p, tile, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
+      if (step + 1 < steps) load_step(p, index, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
 
       Step s, slope;
       Rows::multiply(s, queries, stage);
+      mask(s, p, index, step * STEP);
       Rows::multiply(slope, grads, stage + STEP * ROW);
-      slopes(slope, s, p, tile, step * STEP, shift, delta);
+      slopes(slope, s, p.scale * 1.44269504088896341f, shift, delta);
       Rows::accumulate(dq, slope, stage);
     }
     const Tile end = p.tiles[not_foreseen(index)];

@@ -153,6 +153,14 @@ def test_what_the_kernels_refuse():
 # From here on a device.
 
 
+@pytest.fixture(params=["the device's own", "sm_80"])
+def kernel(request, monkeypatch) -> str:
+    """The kernel that the device gets, and on a newer device the one for sm_80 too."""
+    if request.param == "sm_80":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    return request.param
+
+
 def packed(lengths, *, keys=None, heads=4, heads_k=2, dim=80, dtype=torch.bfloat16, seed=0, causal=False):
     total, total_k = sum(lengths), sum(lengths if keys is None else keys)
     if keys is None:
@@ -185,7 +193,7 @@ def hold(lengths, *, keys=None, deterministic=False, name="", **options) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(60))
-def test_random_lengths(seed):
+def test_random_lengths(seed, kernel):
     rng = random.Random(seed)
     heads_k, count = rng.choice((1, 2, 3)), rng.randint(1, 6)
 
@@ -201,7 +209,7 @@ def test_random_lengths(seed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-def test_isolation(causal):
+def test_isolation(causal, kernel):
     """Alone, in a pack, beside NaN: the same bits, outputs and (deterministic) gradients; with and without a schedule."""
     lengths = [70, 1, 300, 129]
     tensors, rest = packed(lengths, causal=causal)
@@ -225,7 +233,7 @@ def test_isolation(causal):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_no_races(dim):
+def test_no_races(dim, kernel):
     """The same bits 250 times, forward; 1000 times, the deterministic gradients."""
     tensors, rest = packed([1024, 300, 77], heads=16, heads_k=16, dim=dim)
     first = op(**tensors, **rest, return_lse=True)
@@ -249,7 +257,7 @@ def test_more_than_65535_segments():
 
 
 @pytest.mark.gpu
-def test_beyond_2_31_elements():
+def test_beyond_2_31_elements(kernel):
     """Offsets past int32: the last segment of a long pack has the bits that it has alone."""
     total, heads, dim = 2**31 // (16 * 80 * 3) + 3000, 16, 80
     qkv = torch.zeros(total, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
@@ -268,7 +276,7 @@ def test_beyond_2_31_elements():
 
 
 @pytest.mark.gpu
-def test_graph_capture_and_no_sync():
+def test_graph_capture_and_no_sync(kernel):
     tensors, rest = packed([256, 100])
     expected = op(**tensors, **rest)
     torch.cuda.set_sync_debug_mode("error")

@@ -30,33 +30,33 @@ def check_races(csrc) -> None:
 
 B, R = "bwd_sm80.cuh", "rows_sm80.cuh"
 BARRIER = "      barrier();  // this step's rows are here for all, and nobody reads the last step's any more\n"
-QUERY_STAGE = "      if (step + 1 < steps) load_step(p, tile"
-KEY_STAGE = "      if (step + 1 < steps) statistic = load_step(args, tile"
+QUERY_STAGE = "      if (step + 1 < steps) load_step(p, index"
+KEY_STAGE = "      if (step + 1 < steps) statistic = load_step(args, index"
 
 # name -> (file, old, new, check that catches it)
 MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "dq_sum is not cleared": (B, "target[piece] = Words4{};", "(void)target;", check_values),
     "weights from the wrong scale": (
-        B, "x = exp2_fast(fmaf(x, scale_log2, -shift));", "x = exp2_fast(fmaf(x, p.scale, -shift));", check_values),
+        B, "x = exp2_fast(fmaf(x, scale_log2, -shift));", "x = exp2_fast(fmaf(x, 0.693f * scale_log2, -shift));", check_values),
     "lse of another row": (
-        B, "const float shift = load_shared_float(stage + STATISTICS + column * 4);",
-        "const float shift = load_shared_float(stage + STATISTICS + (column ^ 1) * 4);", check_values),
+        B, "load_shared_float(stage + STATISTICS + (n * 8 + lane % 4 * 2 + e) * 4);",
+        "load_shared_float(stage + STATISTICS + (n * 8 + lane % 4 * 2 + (e ^ 1)) * 4);", check_values),
+    "a row without keys has lse -inf": (B, "lse == -INFINITY ? INFINITY : lse", "lse", check_values),
     "the group's last head is left out": (
         B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
         check_values),
     "the group's first head for all": (
         B, "head = tile.head * (p.H / p.Hk) + step / steps;", "head = tile.head * (p.H / p.Hk);", check_values),
     "causal mask of dk one too far": (
-        B, "i * 16 + half * 8 > end) x", "i * 16 + half * 8 > end + 1) x", check_values),
+        B, "i * 16 + half * 8 > end) s", "i * 16 + half * 8 > end + 1) s", check_values),
     "mask of dk left out too early": (
-        B, "first + tile.diagonal < BLOCK - 1)", "first + tile.diagonal < BLOCK - 9)", check_values),
+        B, "first < BLOCK - 1)", "first < BLOCK - 9)", check_values),
     "keys past the block's end are not masked": (
-        B, " || (ADD_DQ && tile.keys < BLOCK);", ";", test_bwd_sm80.check_low_scores),
+        B, " && !(ADD_DQ && tile.keys < BLOCK)) return;", ") return;", test_bwd_sm80.check_low_scores),
     "mask of dq one short": (
-        B, "if (masked && n * 8 + e >= end) weight = 0.0f;", "if (masked && n * 8 + e >= end - 1) weight = 0.0f;",
-        check_values),
+        B, "if (n * 8 + e >= end) s", "if (n * 8 + e >= end - 1) s", check_values),
     "a tail is not masked in dq": (
-        B, "first + STEP > tile.keys || (p.causal", "(p.causal", test_bwd_sm80.check_low_scores),
+        B, "first + STEP <= tile.keys && !(p.causal", "!(p.causal", test_bwd_sm80.check_low_scores),
     "dk without its scale": (
         B, "end.keys, dk, p.scale, keys);", "end.keys, dk, 1.0f, keys);", check_values),
     "one key past the end is written": (
@@ -86,6 +86,7 @@ QUICK = ("weights from the wrong scale", "no barrier before dS is read", "a row 
 def check_caught(name: str, folder) -> None:
     file, old, new, check = MUTANTS[name]
     csrc = build.altered(folder, file, old, new)
+    build.library("bwd_sm80", csrc)  # what does not compile is no planted bug
     with pytest.raises((AssertionError, HostError)):
         check(csrc)
 
