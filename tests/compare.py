@@ -100,9 +100,10 @@ def check(
 
 
 def check_lse(out: Tensor, ref: Tensor, name: str = "lse") -> None:
-    """The log-sum-exp of an attention kernel, float32: within LSE of the definition in float64, -inf exactly where it is."""
+    """The log-sum-exp of an attention kernel, float32: within LSE and four units in the last place of float64."""
     assert torch.equal(out == -torch.inf, ref == -torch.inf), f"{name}: -inf in other rows than in the definition"
-    worst = error(out, ref).max().item() if out.numel() else 0.0
+    beyond = (error(out, ref) - 4 * unit(ref, torch.float32)).masked_fill(~ref.isfinite(), 0)
+    worst = beyond.max().item() if out.numel() else 0.0
     assert worst <= LSE, f"{name}: log-sum-exp {worst:.3g} from the definition, allowed {LSE}"
 
 
