@@ -107,7 +107,7 @@ def partial_sums(count: int) -> tuple[Callable[[], Any], int]:
     return run, 4 * partial.numel()
 
 
-ROTATION = {"BLOCK_T": (4, 8, 16), "BLOCK_H": (1, 2, 4), "NUM_WARPS": (1, 2, 4), "FILL": (1, 1 << 30)}
+ROTATION = {"BLOCK_T": (2, 4, 8), "PER_THREAD": (8, 16, 32), "NUM_WARPS": (1, 2, 4), "FILL": (1, 1 << 30)}
 FORWARD = {"TILE": (1024, 2048, 4096, 8192), "PER_WARP": (256, 512, 1024)}
 BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (256, 512, 1024), "BACKWARD_STAGES": (1, 2),
             "PROGRAMS": (264, 528, 1056), "ROWS": (1, 4)}  # fmt: skip

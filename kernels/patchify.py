@@ -34,13 +34,14 @@ def _patchify_kernel(
     down = square // half % (height // 28) * 2 + t // 2 % 2
     across = square % half * 2 + t % 2
     pair = t // (height // 14 * (width // 14))
+    # A byte's place is the sum of what its patch and what its place in the patch give: one addition for each, not a product.
+    corner = offset(offset(pair * 2, height) + down * 14, width) + across * 14
     for first in tl.static_range(0, 1176, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
         channel, frame, y, x = e // 392, e // 196 % 2, e // 14 % 14, e % 14
         mask = (t < T)[:, None] & (e < 1176)[None, :]
-        line = offset(pair * 2, height)[:, None] + offset(frame, height)[None, :] + (down * 14)[:, None] + y[None, :]
-        pixel = offset(line, width) + (across * 14)[:, None] + x[None, :]
-        value = tl.load(frame_ptr + (offset(pixel, 3) + channel[None, :]), mask=mask, other=0)
+        inner = offset(offset(offset(frame, height) + y, width) + x, 3) + channel
+        value = tl.load(frame_ptr + (offset(corner, 3)[:, None] + inner[None, :]), mask=mask, other=0)
         out = out_ptr + (offset(t, 1176)[:, None] + e[None, :])
         scale = _by_channel(channel, SCALE_R, SCALE_G, SCALE_B, compute)
         shift = _by_channel(channel, SHIFT_R, SHIFT_G, SHIFT_B, compute)

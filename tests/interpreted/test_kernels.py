@@ -177,7 +177,7 @@ def test_head_dims_and_counts(dim, heads, device):
 
 
 def test_resize(device):
-    check_resize(["triton"], device, SIZES[::2] if device == "cpu" else SIZES)
+    check_resize(["triton"], device, SIZES[4:6] if device == "cpu" else SIZES)
 
 
 @triton.jit
