@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as peer
 import qwen2vl_fast
 from qwen2vl_fast import ops, positions
 from qwen2vl_fast.patch import releases, vision
-from tests import models, patching
+from tests import matrix, models, patching
 from tests.compare import check, check_parity, error
 from tests.models import CONFIGS, OLD_TRANSFORMERS, peer_inputs, real_tokens
 from tests.patching import forward, model_of, patched, twin
@@ -28,7 +28,7 @@ MIXED = [
     [("text", 7)],
     [("image", 2, 4), ("text", 3)],
 ]
-NEW = pytest.mark.skipif(OLD_TRANSFORMERS, reason="an input that transformers 4.52 does not have")
+NEW = pytest.mark.skipif(OLD_TRANSFORMERS, reason="something that transformers 4.52 does not have")
 PARTS = [
     "one tower pass", "position ids", "packing", "patch embedding", "vision attention", "vision rope", "vision norms",
     "vision activations", "m-rope", "text norms", "swiglu", "loss",
@@ -686,6 +686,12 @@ def test_compile(hf):
         assert report.parts["swiglu"].calls > calls
     for ours, theirs in zip(got, [*expected, expected[0]], strict=True):
         check_parity(ours, theirs, "lifted")
+
+
+def test_matrix_of_the_documentation():
+    """docs/patch.md names tests that exist, and is what `python -m tests.matrix` writes."""
+    text = matrix.DOCUMENT.read_text(encoding="utf-8")
+    assert text == matrix.render(text)
 
 
 @pytest.mark.gpu
