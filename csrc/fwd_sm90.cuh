@@ -339,9 +339,9 @@ struct ForwardSm90 {
     while (true) {
       mbarrier_wait(smem + Q_FULL + 8 * slot.at, slot.parity);
       const Work work = get_tile(smem + TILES + 32 * slot.at);
+      warp_barrier();  // all lanes have read it: lane 0 may free the slot
       if (work.rows == 0 || work.keys > 0) return work;
       store_nothing(args, work, row);
-      warp_barrier();
       if (thread_index() % 32 == 0) mbarrier_arrive(smem + Q_EMPTY + 8 * slot.at);
       slot.next();
     }
