@@ -25,7 +25,7 @@ NANO = Path(__file__).parent / "assets" / "nano"
 CHECKOUT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Files of bench/ that measure nothing by themselves, or are no part of a run of everything.
-NO_SUBJECTS = frozenset(("__init__", "timing", "peers", "passes", "report", "plots", "sanitize", "micro", "conftest"))
+NO_SUBJECTS = frozenset(("__init__", "timing", "peers", "passes", "report", "plots", "sanitize", "micro", "sweep"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
 VIDEOS = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv"))
 
@@ -238,7 +238,8 @@ def _interact(conversation: Conversation) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """The benchmarks of a checkout, one subject or all, each in a process of its own."""
-    subjects = sorted(path.stem for path in (CHECKOUT / "bench").glob("*.py") if path.stem not in NO_SUBJECTS)
+    names = (path.stem for path in (CHECKOUT / "bench").glob("*.py"))
+    subjects = sorted(name for name in names if name not in NO_SUBJECTS and not name.startswith("test_"))
     if not subjects:
         raise FileNotFoundError("benchmarks live in the repository; install a checkout with pip install -e and run this again")
     if arguments.list:

@@ -1,0 +1,359 @@
+"""bench/: timing, the judging of peers, the static model, and that the report says what the results say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import attention, peers, plots, report, static_model, timing
+from bench.peers import Missing, Problem
+
+
+class Device:
+    """Stands for torch.cuda where there is none: counts what was timed, and how."""
+
+    def __init__(self, capturable: bool):
+        self.capturable, self.flushes, self.replays = capturable, 0, 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                pass
+
+            def record(self) -> None:
+                self.when = time.perf_counter()
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.when - self.when)
+
+        class Stream:
+            def __init__(self, *_: object):
+                pass
+
+            def __enter__(self) -> None:
+                if not device.capturable and isinstance(self, Capture):
+                    raise RuntimeError("operation not permitted when stream is capturing")
+
+            def __exit__(self, *_: object) -> bool:
+                return False
+
+            def wait_stream(self, other: object) -> None:
+                pass
+
+        class Capture(Stream):
+            pass
+
+        class Graph:
+            def replay(self) -> None:
+                device.replays += 1
+
+        class Buffer:
+            def fill_(self, value: int) -> None:
+                device.flushes += 1
+
+        for name, value in {"Event": Event, "Stream": Stream, "stream": Stream, "graph": Capture, "CUDAGraph": Graph}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(timing.torch, "empty", lambda *_, **__: Buffer())
+
+
+def test_contenders_take_turns_and_the_median_is_told():
+    order = []
+    found = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, device="cpu")
+    assert order == ["a", "b"] * 4  # the first round warms up
+    assert all(row["min"] <= row["median"] <= row["max"] and row["method"] == "clock" for row in found.values())
+
+
+def test_a_graph_of_several_calls_is_replayed(monkeypatch):
+    device = Device(capturable=True)
+    device.install(monkeypatch)
+    found = timing.measure({"a": lambda: None}, repeats=5, device="cuda")
+    assert found["a"]["method"] == "graph" and found["a"]["calls"] == timing.MAX_LAUNCHES
+    assert device.replays == 5 + 2  # after the capture, and to warm up
+
+
+def test_what_cannot_be_captured_is_timed_plainly_and_says_so(monkeypatch):
+    device = Device(capturable=False)
+    device.install(monkeypatch)
+    found = timing.measure({"a": lambda: None}, repeats=5, device="cuda")
+    assert found["a"]["method"] == "events" and "not permitted" in found["a"]["why"] and device.replays == 0
+
+
+def test_cold_writes_the_buffer_before_every_call(monkeypatch):
+    device = Device(capturable=True)
+    device.install(monkeypatch)
+    found = timing.measure({"a": lambda: None, "b": lambda: None}, repeats=5, device="cuda", cold=True)
+    assert device.flushes == 2 * 6 and found["a"]["calls"] == 1
+
+
+def test_the_command_of_a_result_measures_it_again(tmp_path):
+    arguments = timing.parser("attention", "x")
+    arguments.add_argument("--cases", nargs="*")
+    arguments.add_argument("--backward", action="store_true")
+    options = arguments.parse_args(["--cases", "a", "b", "--save", str(tmp_path), "--backward"])
+    result = timing.publish("attention_backward_cpu", options, [])
+    assert result["command"] == "qwen2vl-fast bench attention --repeats 30 --cases a b --backward"
+    assert json.loads((tmp_path / "attention_backward_cpu.json").read_text()) == result
+    assert {"date", "device", "torch", "commit", "sources"} <= set(result["environment"])
+
+
+def test_json_alone_is_on_standard_output(capsys):
+    options = timing.parser("linear", "x").parse_args(["--json"])
+    timing.say(options, "a line")
+    timing.publish("linear_cpu", options, [{"product": "qkv"}])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"] == [{"product": "qkv"}] and captured.err == "a line\n"
+
+
+LENGTHS = (5, 64, 1, 33)
+
+
+def problem(**options) -> Problem:
+    return Problem.random(LENGTHS, device="cpu", dtype=torch.float32, **options)
+
+
+def test_a_right_contender_passes():
+    _, error = peers.prepare("SDPA flash", problem(), 1e-5)
+    assert error < 1e-6
+
+
+def across(task: Problem) -> torch.Tensor:
+    """Attention that does not stop at the segments' ends."""
+    q, k, v = (x.transpose(0, 1) for x in task.views)
+    return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+
+
+def last_key_missing(task: Problem) -> torch.Tensor:
+    parts = []
+    for q, k, v in zip(*(x.split(LENGTHS) for x in task.views), strict=True):
+        keys = max(1, len(k) - 1)
+        parts.append(F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k[:keys], v[:keys]))).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def other_scale(task: Problem) -> torch.Tensor:
+    parts = []
+    for parts_of in zip(*(x.split(LENGTHS) for x in task.views), strict=True):
+        parts.append(F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts_of), scale=0.1).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def heads_mixed(task: Problem) -> torch.Tensor:
+    return peers.sdpa(torch.nn.attention.SDPBackend.MATH)(task)().flip(1)
+
+
+@pytest.mark.parametrize("wrong", [across, last_key_missing, other_scale, heads_mixed, lambda task: task.views[2][:-1]])
+def test_a_contender_that_computes_something_else_is_no_contender(monkeypatch, wrong):
+    monkeypatch.setitem(peers.PEERS, "wrong", lambda task: lambda: wrong(task))
+    with pytest.raises(Missing, match="computes something else"):
+        peers.prepare("wrong", problem(), max(attention.BOUNDS.values()))
+
+
+def test_a_peer_that_fails_is_a_row(monkeypatch):
+    def fails(task: Problem):
+        raise ValueError("head_dim 80")
+
+    monkeypatch.setitem(peers.PEERS, "fails", lambda task: lambda: fails(task))
+    with pytest.raises(Missing, match="fails: ValueError: head_dim 80"):
+        peers.prepare("fails", problem(), 1.0)
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "no_such_package", None)
+    with pytest.raises(Missing, match="pip install something"):
+        peers._function("no_such_package", "f", "something", SimpleNamespace(qkv=SimpleNamespace(is_cuda=True)))
+
+
+def test_attention_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(attention.CASES, "a", (32, 16, 16))
+    attention.main(["--cases", "a", "--repeats", "1", "--save", str(tmp_path), "--backward"])
+    result = json.loads((tmp_path / "attention_backward_cpu.json").read_text())
+    (row,) = result["rows"]
+    assert row["lengths"] == "1 x 32 + 2 x 16" and row["useful_flop"] == 2.5 * 4 * 80 * 16 * (32**2 + 2 * 16**2)
+    assert row["contenders"]["qwen2vl_fast"]["error"] < 1e-5 and row["ratio_to_best_peer"] > 0
+    assert row["contenders"]["FlashAttention-3"] == {"missing": "needs a CUDA device"}
+    assert "device" not in result["command"]
+
+
+def test_the_cases_are_those_of_the_plan():
+    sums = {name: sum(lengths) for name, lengths in attention.CASES.items()}
+    expected = {"a": 1024, "b": 4096, "c": 16384, "d": 16384, "e": 16384, "f": 5184 + 3 * 1296 + 8 * 640 + 16 * 256, "g": 32256}
+    assert {name: sums[name] for name in expected} == expected
+    spread = attention.CASES["h"]
+    assert len(spread) == 500 and min(spread) >= 64 and max(spread) <= 8192 and not any(n % 4 for n in spread)
+    assert 150 < sum(n < 724 for n in spread) < 350  # half of them below the geometric middle
+
+
+def test_occupancy_by_hand():
+    h100 = static_model.DEVICES["H100"]
+    assert static_model.occupancy(168, 384, 200 << 10, h100) == 1  # 65536 / (168 * 384)
+    assert static_model.occupancy(32, 256, 0, h100) == 8  # 2048 threads
+    assert static_model.occupancy(128, 128, 0, h100) == 4  # 65536 / (128 * 128)
+    assert static_model.occupancy(40, 128, 100 << 10, h100) == 2  # shared memory
+
+
+def test_attention_is_predicted_from_its_tiles():
+    h100 = static_model.DEVICES["H100"]
+    one = static_model.attention_seconds((1024,), h100)
+    assert static_model.attention_seconds((1024,) * 4, h100) < 4 * one  # one image leaves multiprocessors idle
+    roof = 4 * 80 * 16 * 16384**2 / (h100.flops * h100.matmul)
+    assert roof < static_model.attention_seconds((16384,), h100) < 2 * roof
+
+
+def test_instructions_are_counted():
+    code = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   HGMMA.64x80x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   MUFU.EX2 R5, R5 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+    """
+    found = static_model.instructions(code)
+    assert (found["load"], found["store"], found["mma"], found["exp and the like"], found["all"]) == (1, 1, 1, 1, 5)
+
+
+def test_every_predicted_pass_is_a_kernel_that_is_compiled():
+    held = json.loads((report.ROOT / "docs" / "registers.json").read_text())["kernels"]
+    assert set(static_model.BYTES) <= set(held) and set(static_model.MEASURED) <= set(static_model.BYTES)
+
+
+# ---- the report ----
+
+
+def environment() -> dict:
+    return {
+        "date": "2026-11-23", "device": "NVIDIA H100 80GB HBM3", "driver": ["580.1"], "cuda": "13.0", "torch": "2.11.0",
+        "transformers": "5.17.0", "triton": "3.6.0", "threads": 16, "commit": "no git checkout", "sources": "0123456789ab",
+    }  # fmt: skip
+
+
+def seconds(median: float) -> dict:
+    return {"min": median, "median": median, "max": median, "method": "graph", "calls": 1}
+
+
+def results() -> dict[str, dict]:
+    """A result of each kind, small, with numbers that appear nowhere else."""
+    ceilings = {"copy_bytes_per_s": 3e12, "matmul_flops": 800e12, "matmul": "8192^3 bfloat16"}
+    contenders = {
+        "qwen2vl_fast": {"seconds": seconds(1e-3), "flops": 612e12, "share_of_matmul": 0.765, "error": 1e-3},
+        "FlashAttention-3": {"seconds": seconds(2e-3), "flops": 509e12, "share_of_matmul": 0.64, "error": 1e-3},
+        "FlashAttention-4": {"missing": "not installed; pip install flash-attn-4"},
+    }
+    grids = [[1, 32, 32]]
+    parts = {
+        name: {"seconds": 1e-4, "flop": 1e9 * flop, "bytes": 1e6 * (1 - flop)}
+        for name, flop in (("patch embedding", 1), ("qkv and projection", 1), ("MLP products", 1), ("attention", 1),
+                           ("rotation", 0), ("norms and residuals", 0), ("QuickGELU", 0), ("merger", 1))
+    }  # fmt: skip
+    times = {"transformers sdpa": seconds(9e-3), "qwen2vl_fast": seconds(4e-3), "qwen2vl_fast in a CUDA graph": seconds(3e-3)}
+    decoded = {"tokens_per_second": 512.5, "share_of_limit": 0.53, "prefill_seconds": seconds(0.02)}
+    rows = {
+        "attention_cuda": [{
+            "case": case, "lengths": "4 x 1024", "tokens": 4096, "useful_flop": 1e12, "contenders": contenders,
+            "best_peer": "FlashAttention-3", "ratio_to_best_peer": 1.2,
+        } for case in "ab"],
+        "tower_cuda_bfloat16": [{
+            "case": "a", "grids": grids, "depth": 32, "seconds": times,
+            "parts": parts, "floor_seconds": 2e-3, "share_of_floor": 0.67, "speedup": 2.25, "error": 1e-2,
+        }],
+        "generate_2B_cuda_bfloat16": [{
+            "size": "2B", "layers": 28, "batch": 1, "context": 1024, "limit_tokens_per_second": 971.0,
+            "contenders": {"qwen2vl_fast": decoded},
+        }],
+        "rope_cuda": [{"op": "vision RoPE", "tokens": 32768, "bytes": 1, "contenders": {
+            "qwen2vl_fast": {"seconds": seconds(129e-6), "share_of_copy": 0.93},
+            "torch.compile": {"seconds": seconds(162e-6), "share_of_copy": 0.7}}}],
+        "preprocess_cuda": [{"picture": "photo", "rows": 1024, "contenders": {
+            "qwen2vl_fast": {"seconds": seconds(0.01), "images_per_second": 101.5},
+            "transformers PIL": {"seconds": seconds(0.02), "images_per_second": 50.5},
+            "qwen-vl-utils": {"missing": "No module named 'qwen_vl_utils'"}}}],
+    }  # fmt: skip
+    return {
+        name: {"environment": environment(), "command": f"qwen2vl-fast bench {name}", "ceilings": ceilings, "rows": value}
+        for name, value in rows.items()
+    }
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch) -> dict[str, dict]:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    monkeypatch.setattr(plots, "FOLDER", tmp_path / "docs" / "plots")
+    (tmp_path / "from").mkdir()
+    held = results()
+    for name in list(held)[:2]:
+        (tmp_path / "from" / f"{name}.json").write_text(json.dumps(held[name]))
+    (tmp_path / "from" / "several.json").write_text(json.dumps({name: held[name] for name in list(held)[2:]}))
+    report.take_over(tmp_path / "from")
+    return held
+
+
+def test_every_kind_of_result_has_its_table(made_up):
+    known = report.tables()
+    assert set(known) == {"nano", "passes_cuda", *made_up} - {"rope_cuda"}
+    text = report.render("".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in known))
+    for figure in (
+        "| 612 |",
+        "| 509 |",
+        "1.20x",
+        "FlashAttention-4: not installed",
+        "512.5",
+        "101.5",
+        "129.0 us",
+        "1.26x",
+        "3.00x",
+    ):
+        assert figure in text, figure
+    assert "sources 0123456789ab" in text and "matrix product 8192^3 bfloat16 800 TFLOP/s" in text
+    assert text.count("docs/plots/") == 5
+
+
+def test_what_is_no_result_is_refused(made_up, tmp_path):
+    (tmp_path / "from" / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="no result of bench"):
+        report.take_over(tmp_path / "from")
+
+
+def test_plots_are_drawn_and_age_with_their_results(made_up, tmp_path):
+    missing = plots.stale()
+    assert len(missing) == 5
+    plots.write(missing)
+    assert plots.stale() == []
+    path = tmp_path / "results" / "attention_cuda.json"
+    changed = json.loads(path.read_text())
+    changed["rows"][0]["contenders"]["qwen2vl_fast"]["flops"] += 1e12
+    path.write_text(json.dumps(changed))
+    assert [file.name for file in plots.stale()] == ["attention_cuda.png"]
+
+
+def test_the_plots_of_the_repository_agree_with_the_results():
+    assert plots.stale() == [], "run python -m bench.report"
+
+
+def test_gpu_sh_says_what_it_can_do_and_what_is_missing(tmp_path):
+    script = report.ROOT / "bench" / "gpu.sh"
+    done = subprocess.run(
+        ["bash", script, "everything"], capture_output=True, text=True, env={"PATH": os.environ["PATH"], "OUT": str(tmp_path)}
+    )
+    assert done.returncode == 2 and "build | test | sanitize | micro | bench" in done.stdout
+    if torch.cuda.is_available():
+        return
+    environment = {"PATH": os.environ["PATH"], "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", script, "test"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "needs a CUDA device" in done.stdout
+    assert "needs a CUDA device" in (tmp_path / "gpu_test.log").read_text()
