@@ -71,11 +71,13 @@ def measure_case(
         except Missing as reason:
             found[contender] = {"missing": str(reason)}
     repeats = options.repeats if flop < 5e12 else max(5, options.repeats // 4)
-    for contender, seconds in measure(runs, repeats=repeats, device=device).items():
+    # A backward pass runs on its forward's stream, which is not the one that a graph is captured on.
+    graph = not options.backward
+    for contender, seconds in measure(runs, repeats=repeats, device=device, graph=graph).items():
         speed = flop / seconds["median"]
         found[contender] |= {"seconds": seconds, "flops": speed, "share_of_matmul": speed / rate}
     if device == "cuda" and sum(lengths) <= COLD_TOKENS:
-        for contender, seconds in measure(runs, repeats=repeats, device=device, cold=True).items():
+        for contender, seconds in measure(runs, repeats=repeats, device=device, graph=graph, cold=True).items():
             found[contender]["cold_seconds"] = seconds
     speeds = {contender: facts["flops"] for contender, facts in found.items() if "flops" in facts}
     best = max((contender for contender in speeds if contender != OURS), key=speeds.get, default=None)
