@@ -5,11 +5,12 @@
 // segment, since 0 * NaN of the next segment would be NaN. A consumer issues S = Q K^T of the next key block, then O += P V of the
 // current one, and exponentiates that S while P V runs; the next key block may be the first of the next tile, so that neither
 // the start of a tile nor its end leaves the tensor cores idle. A tile's key blocks go from the last to the first: only the
-// first one processed has a mask, unless the tile is causal. docs/attention.md derives the tile.
+// first one processed has a mask, unless the tile is causal. docs/hopper.md has the counts.
 #pragma once
 
 #include <cmath>
 
+#include "layout_sm90.cuh"
 #include "varlen_attention.h"
 #include "wgmma.cuh"
 
@@ -18,35 +19,9 @@ namespace qwen2vl_fast {
 struct ForwardSm90Args {
   VarlenAttention problem;
   // [tokens, heads, D] as {D, tokens, heads}; a box is 64 (wide) or 16 (narrow) columns of all rows of a block.
-  TensorMap q_wide, q_narrow, k_wide, k_narrow, v_wide, v_narrow;
+  TensorMap q_wide, q_narrow, k_wide, k_narrow, v;
   float scale_log2;  // scale * log2(e)
   uint32_t zero;     // 0, which the compiler can't know
-};
-
-// How [rows, D] lies in shared memory: first groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of 16
-// columns with the 32-byte swizzle. 160-byte rows fit no wider swizzle as a whole; PAD fills the last wide group with zeros instead.
-template <int D, int ROWS_, bool PAD>
-struct Layout {
-  static constexpr int ROWS = ROWS_;
-  static constexpr int WIDE = PAD ? (D + 63) / 64 : D / 64;
-  static constexpr int NARROW = PAD ? 0 : D % 64 / 16;
-  static constexpr int BYTES = ROWS * (128 * WIDE + 32 * NARROW);
-  static constexpr int STRIDE = (BYTES + 1023) / 1024 * 1024;  // the 128-byte swizzle repeats after 1024 bytes
-  static constexpr int NARROW_OFFSET = ROWS * 128 * WIDE;
-  static constexpr uint32_t WIDE_HIGH = (8 * 128 >> 4) | (1u << 30);
-  static constexpr uint32_t NARROW_HIGH = (8 * 32 >> 4) | (3u << 30);
-
-  // Of the 16 columns from 16 * step on, as a K-major operand: descriptor's high word, byte offset.
-  static constexpr DEV uint32_t high(int step) { return step < 4 * WIDE ? WIDE_HIGH : NARROW_HIGH; }
-  static constexpr DEV int offset(int step) {
-    return step < 4 * WIDE ? step / 4 * ROWS * 128 + step % 4 * 32 : NARROW_OFFSET + (step - 4 * WIDE) * ROWS * 32;
-  }
-
-  // Address of one half (0, 1) of those 16 columns in a row: a swizzle moves 16-byte units inside a row.
-  static DEV uint32_t address(uint32_t start, uint32_t row, int step, uint32_t half) {
-    if (step < 4 * WIDE) return start + step / 4 * ROWS * 128 + row * 128 + ((2 * (step % 4) + half) ^ (row % 8)) * 16;
-    return start + NARROW_OFFSET + (step - 4 * WIDE) * ROWS * 32 + row * 32 + (half ^ (row / 4 % 2)) * 16;
-  }
 };
 
 template <bool BF16, int D, int ROWS, int KEYS, int STAGES, bool CAUSAL>
@@ -97,7 +72,6 @@ struct ForwardSm90 {
   // What consumers are told of a tile. No rows: the list has ended.
   struct Work {
     int q_row, rows, keys, head, diagonal;
-    int k_row;
   };
 
   static DEV int key_blocks(int keys) { return (keys + KEYS - 1) / KEYS; }
@@ -169,7 +143,7 @@ struct ForwardSm90 {
         const uint32_t v_full = smem + (partial ? V_TAIL : V_FULL) + 8 * stage.at;
         mbarrier_wait(smem + V_EMPTY + 8 * stage.at, stage.parity ^ 1);
         mbarrier_arrive_expect(v_full, VLayout::BYTES);
-        load<VLayout>(smem + V + stage.at * VLayout::STRIDE, args.v_wide, args.v_narrow, v_full, row, key_head);
+        load<VLayout>(smem + V + stage.at * VLayout::STRIDE, args.v, args.v, v_full, row, key_head);
       }
     }
     mbarrier_wait(smem + Q_EMPTY + 8 * slot.at, slot.parity ^ 1);
@@ -184,7 +158,7 @@ struct ForwardSm90 {
 
   static DEV Work get_tile(uint32_t from) {
     const Words4 x = load_shared_16(from);
-    Work work{int(x.word[0]), int(x.word[1]), int(x.word[2]), int(x.word[3]), 0, 0};
+    Work work{int(x.word[0]), int(x.word[1]), int(x.word[2]), int(x.word[3]), 0};
     if (CAUSAL) work.diagonal = int(load_shared_16(from + 16).word[0]);
     return work;
   }
@@ -208,8 +182,6 @@ struct ForwardSm90 {
         parities ^= 1u << stage;
         const uint32_t v = smem + V + stage * VLayout::STRIDE;
         for (int group = 0; group < VLayout::WIDE; ++group) zero(v + group * KEYS * 128 + valid * 128, (KEYS - valid) * 128);
-        for (int group = 0; group < VLayout::NARROW; ++group)
-          zero(v + VLayout::NARROW_OFFSET + group * KEYS * 32 + valid * 32, (KEYS - valid) * 32);
         fence_proxy_async();
         warp_barrier();
         if (thread_index() % 32 == 0) mbarrier_arrive(smem + V_FULL + 8 * stage);
@@ -377,15 +349,8 @@ struct ForwardSm90 {
   static DEV void accumulate(Output& o, const Probabilities& p, uint32_t smem, int stage) {
     const uint32_t v = (smem + V + stage * VLayout::STRIDE) >> 4;
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step) {
-      constexpr int COLUMNS = D < 64 * VLayout::WIDE ? D : 64 * VLayout::WIDE;  // of the wide groups
-      WgmmaRegisters<BF16, COLUMNS>::run(reinterpret_cast<float(&)[COLUMNS / 2]>(o), p[step],
-                                         (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
-      if constexpr (VLayout::NARROW > 0)
-        WgmmaRegisters<BF16, 16 * VLayout::NARROW>::run(
-            reinterpret_cast<float(&)[8 * VLayout::NARROW]>(o[32 * VLayout::WIDE]), p[step],
-            ((v + (VLayout::NARROW_OFFSET >> 4)) | (KEYS * 32 >> 4 << 16)) + step * (16 * 32 >> 4), VLayout::NARROW_HIGH);
-    }
+    for (int step = 0; step < KEYS / 16; ++step)
+      WgmmaRegisters<BF16, D>::run(o, p[step], (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
   }
 
   // Key blocks that end beyond this have keys that some row of the warpgroup doesn't see.

@@ -66,7 +66,7 @@ void run(const VarlenAttention& p, int device, void* stream) {
   args.problem = p;
   tensor_maps<typename Kernel::QLayout>(args.q_wide, args.q_narrow, {"q", p.q, p.T, p.H, p.q_stride_t, p.q_stride_h}, p.D, p.bfloat16);
   tensor_maps<typename Kernel::KLayout>(args.k_wide, args.k_narrow, {"k", p.k, p.Tk, p.Hk, p.k_stride_t, p.k_stride_h}, p.D, p.bfloat16);
-  tensor_maps<typename Kernel::VLayout>(args.v_wide, args.v_narrow, {"v", p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h}, p.D, p.bfloat16);
+  args.v = tensor_map({"v", p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h}, p.D, p.bfloat16, 64, Kernel::VLayout::ROWS);
   args.scale_log2 = p.scale * 1.4426950408889634f;
   args.zero = 0;
   launch<Kernel>(NAME, args, p.tile_count, device, stream);

@@ -43,31 +43,6 @@ struct WgmmaShared<true, 64> {
 };
 
 template <>
-struct WgmmaShared<true, 80> {
-  static DEV void run(float (&d)[40], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %43, 0;\nmov.b64 a, {%40, %42};\nmov.b64 b, {%41, %42};\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 80, a, b, high, accumulate, true);
-#endif
-  }
-};
-
-template <>
 struct WgmmaShared<true, 96> {
   static DEV void run(float (&d)[48], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
 #ifdef __CUDACC__
@@ -152,69 +127,6 @@ struct WgmmaShared<true, 128> {
 };
 
 template <>
-struct WgmmaShared<true, 144> {
-  static DEV void run(float (&d)[72], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %75, 0;\nmov.b64 a, {%72, %74};\nmov.b64 b, {%73, %74};\n"
-        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
-        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "
-        "%68, %69, %70, %71"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),
-          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 144, a, b, high, accumulate, true);
-#endif
-  }
-};
-
-template <>
-struct WgmmaShared<true, 160> {
-  static DEV void run(float (&d)[80], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %83, 0;\nmov.b64 a, {%80, %82};\nmov.b64 b, {%81, %82};\n"
-        "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
-        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "
-        "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),
-          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),
-          "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 160, a, b, high, accumulate, true);
-#endif
-  }
-};
-
-template <>
 struct WgmmaShared<true, 176> {
   static DEV void run(float (&d)[88], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
 #ifdef __CUDACC__
@@ -243,26 +155,6 @@ struct WgmmaShared<true, 176> {
         : "r"(a), "r"(b), "r"(high), "r"(accumulate));
 #else
     host::wgmma_shared(d, 176, a, b, high, accumulate, true);
-#endif
-  }
-};
-
-template <>
-struct WgmmaRegisters<true, 16> {
-  static DEV void run(float (&d)[8], const uint32_t (&a)[4], uint32_t b, uint32_t high) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.eq.b32 p, 0, 0;\nmov.b64 b, {%12, %13};\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, "
-        "{%8, %9, %10, %11}, b, p, 1, 1, 1;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(high));
-#else
-    host::wgmma_registers(d, 16, a, b, high, true);
 #endif
   }
 };
@@ -370,31 +262,6 @@ struct WgmmaShared<false, 64> {
 };
 
 template <>
-struct WgmmaShared<false, 80> {
-  static DEV void run(float (&d)[40], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %43, 0;\nmov.b64 a, {%40, %42};\nmov.b64 b, {%41, %42};\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 80, a, b, high, accumulate, false);
-#endif
-  }
-};
-
-template <>
 struct WgmmaShared<false, 96> {
   static DEV void run(float (&d)[48], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
 #ifdef __CUDACC__
@@ -479,69 +346,6 @@ struct WgmmaShared<false, 128> {
 };
 
 template <>
-struct WgmmaShared<false, 144> {
-  static DEV void run(float (&d)[72], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %75, 0;\nmov.b64 a, {%72, %74};\nmov.b64 b, {%73, %74};\n"
-        "wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
-        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "
-        "%68, %69, %70, %71"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),
-          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 144, a, b, high, accumulate, false);
-#endif
-  }
-};
-
-template <>
-struct WgmmaShared<false, 160> {
-  static DEV void run(float (&d)[80], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.ne.b32 p, %83, 0;\nmov.b64 a, {%80, %82};\nmov.b64 b, {%81, %82};\n"
-        "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
-        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "
-        "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-        "}, "
-        "a, b, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),
-          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),
-          "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-        : "r"(a), "r"(b), "r"(high), "r"(accumulate));
-#else
-    host::wgmma_shared(d, 160, a, b, high, accumulate, false);
-#endif
-  }
-};
-
-template <>
 struct WgmmaShared<false, 176> {
   static DEV void run(float (&d)[88], uint32_t a, uint32_t b, uint32_t high, int accumulate) {
 #ifdef __CUDACC__
@@ -570,26 +374,6 @@ struct WgmmaShared<false, 176> {
         : "r"(a), "r"(b), "r"(high), "r"(accumulate));
 #else
     host::wgmma_shared(d, 176, a, b, high, accumulate, false);
-#endif
-  }
-};
-
-template <>
-struct WgmmaRegisters<false, 16> {
-  static DEV void run(float (&d)[8], const uint32_t (&a)[4], uint32_t b, uint32_t high) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
-        "setp.eq.b32 p, 0, 0;\nmov.b64 b, {%12, %13};\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
-        "{"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, "
-        "{%8, %9, %10, %11}, b, p, 1, 1, 1;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(high));
-#else
-    host::wgmma_registers(d, 16, a, b, high, false);
 #endif
   }
 };

@@ -39,7 +39,7 @@ int forward(const VarlenAttention& p, const host::Run& run) {
   std::string refused =
       tensor_maps<typename Kernel::QLayout>(args.q_wide, args.q_narrow, {p.q, p.T, p.H, p.q_stride_t, p.q_stride_h}, p.D);
   refused += tensor_maps<typename Kernel::KLayout>(args.k_wide, args.k_narrow, {p.k, p.Tk, p.Hk, p.k_stride_t, p.k_stride_h}, p.D);
-  refused += tensor_maps<typename Kernel::VLayout>(args.v_wide, args.v_narrow, {p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h}, p.D);
+  refused += tensor_map(args.v, {p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h}, p.D, 64, Kernel::VLayout::ROWS);
   if (!refused.empty()) return host::finish(run, refused);
   return host::run_kernel<Kernel>(args, run);
 }
@@ -47,7 +47,7 @@ int forward(const VarlenAttention& p, const host::Run& run) {
 template <bool BF16, bool CAUSAL>
 int forward(const VarlenAttention& p, int rows, const host::Run& run) {
   if (p.D == 80 && rows == 192) return forward<ForwardSm90<BF16, 80, 192, 96, 4, CAUSAL>>(p, run);
-  if (p.D == 80 && rows == 128) return forward<ForwardSm90<BF16, 80, 128, 128, 3, CAUSAL>>(p, run);
+  if (p.D == 80 && rows == 128) return forward<ForwardSm90<BF16, 80, 128, 96, 4, CAUSAL>>(p, run);
   if (p.D == 64 && rows == 128) return forward<ForwardSm90<BF16, 64, 128, 128, 3, CAUSAL>>(p, run);
   if (p.D == 128 && rows == 128) return forward<ForwardSm90<BF16, 128, 128, 128, 2, CAUSAL>>(p, run);
   return host::finish(run, "no variant for this D and rows");
