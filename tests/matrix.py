@@ -18,7 +18,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "YaRN, untied heads, any widths, merge size 1": ("test_patch.test_real_head_dims", "test_patch.test_random_models"),
     "left and right padding, text-only rows, images and videos mixed": ("test_patch.test_real_head_dims",),
     "tower, decoder or headless model alone": ("test_patch.test_parts_of_a_model_alone",),
-    "models that hold one of the classes": ("test_patch.test_wrapped_models_are_found",),
+    "models that hold one of the classes": ("test_patch_binding.test_wrapped_models_are_found",),
     "generate: greedy, sampling, beams, several returned, no cache": ("test_patch_generate.test_ways_to_generate",),
     "generate: static cache": ("test_patch_generate.test_static_cache",),
     "generate: assisted, from embeddings, several turns": (
@@ -26,8 +26,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "test_patch_generate.test_several_turns_with_one_cache",
     ),
     "output_hidden_states": ("test_patch.test_random_models",),
-    "output_attentions (the library's attention runs)": ("test_patch.test_attentions_fall_back_and_say_so",),
-    "hidden states of the tower": ("test_patch.test_tower_attentions_and_hidden_states",),
+    "output_attentions (the library's attention runs)": ("test_patch_binding.test_attentions_fall_back_and_say_so",),
+    "hidden states of the tower": ("test_patch_binding.test_tower_attentions_and_hidden_states",),
     "encoded media (mm_encoder_outputs)": ("test_patch.test_encoded_media_are_honoured",),
     "precomputed cu_seqlens and position ids": ("test_patch.test_precomputed_inputs_are_honoured",),
     "packed samples (4-row position ids)": ("test_patch.test_packed_samples",),
@@ -43,9 +43,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "device_map: weights elsewhere (accelerate)": ("test_patch_training.test_model_with_its_weights_elsewhere",),
     "torch.compile of the decoder": ("test_patch.test_compile",),
-    "save_pretrained and reload, deepcopy": ("test_patch.test_save_and_reload", "test_patch.test_a_copy_of_a_patched_model"),
-    "modules that somebody swapped": ("test_patch.test_swapped_modules_are_respected",),
-    "forward hooks of any layer": ("test_patch.test_forward_hooks_of_layers_run",),
+    "save_pretrained and reload": ("test_patch_binding.test_save_and_reload",),
+    "deepcopy": ("test_patch_binding.test_a_copy_of_a_patched_model",),
+    "modules that somebody swapped": ("test_patch_binding.test_swapped_modules_are_respected",),
+    "forward hooks of any layer": ("test_patch_binding.test_forward_hooks_of_layers_run",),
 }  # fmt: skip
 
 

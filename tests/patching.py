@@ -181,3 +181,31 @@ def check_gradients(got: dict[str, Tensor | None], expected: dict[str, Tensor | 
             check_parity(got[parameter], gradient, "lifted", name=what)
         else:
             assert float((got[parameter] - gradient).abs().max()) <= PARITY["lifted"] * top, what
+
+
+def snapshot(*roots: nn.Module) -> dict[tuple[int, str], dict]:
+    """Every attribute of every module, by identity."""
+    return {(i, n): dict(vars(m)) for i, root in enumerate(roots) for n, m in root.named_modules()}
+
+
+def same(before: dict, after: dict) -> bool:
+    return before.keys() == after.keys() and all(
+        before[k].keys() == after[k].keys() and all(before[k][n] is after[k][n] for n in before[k]) for k in before
+    )
+
+
+def classes() -> dict[str, dict]:
+    return {name: dict(vars(value)) for name, value in vars(peer).items() if isinstance(value, type)} | {
+        "module": dict(vars(peer)), "linear": dict(vars(nn.Linear)), "norm": dict(vars(nn.LayerNorm)),
+    }  # fmt: skip
+
+
+def compare(hf: nn.Module, inputs: dict, *, unpatched: nn.Module | None = None, **options) -> qwen2vl_fast.patch.PatchReport:
+    """Logits of real tokens with and without patch, by parity as released; returns the report."""
+    real = real_tokens(inputs)
+    with torch.no_grad():
+        expected = forward(unpatched or hf, inputs).logits
+        with patched(hf, **options) as report:
+            got = forward(hf, inputs).logits
+    check_parity(got[real], expected[real], "released")
+    return report

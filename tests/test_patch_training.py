@@ -22,8 +22,7 @@ from qwen2vl_fast.patch.model import ENCODE
 from tests import models, patching, ranks
 from tests.compare import check_parity
 from tests.models import CONFIGS, OLD_TRANSFORMERS, labels_of, peer_inputs
-from tests.patching import check_gradients, forward, gradients, model_of, patched, twin
-from tests.test_patch import classes, same, snapshot
+from tests.patching import check_gradients, classes, forward, gradients, model_of, patched, same, snapshot, twin
 
 ROWS = [
     [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
