@@ -189,5 +189,5 @@ def _grid(row_blocks: int, width: int) -> tuple[int]:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as [T, F] with a contiguous last dim; a copy only where no view will do."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()

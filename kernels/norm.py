@@ -5,6 +5,8 @@ Shape letters: T rows, C width. A row stays in registers between its statistics 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -98,6 +100,7 @@ def _norm_backward_kernel(
         tl.store(partial_ptr + C + share, tl.sum(grad_bias, 0), mask=c < C)
 
 
+@functools.cache
 def tile(width: int, elements: int, per_warp: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program. By the width alone, so that a row has the same bits in every pack."""
     if width > MAX_WIDTH:
@@ -176,5 +179,5 @@ def launch_backward(
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as [T, C] with a contiguous last dim; a copy only where no view will do."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()

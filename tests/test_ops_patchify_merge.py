@@ -104,6 +104,15 @@ def test_resize(device):
     check_resize(usable("patchify", device), device)
 
 
+def test_resize_compiles(device):
+    """Without breaks, and once for every number of frames."""
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(ops.patchify, size=(28, 56)), backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (2, 4, 6):
+        pixels = frames(count, 31, 40, device=device)
+        assert same_bits(compiled(pixels), ops.patchify(pixels, size=(28, 56)))
+
+
 def test_resize_refusals(device):
     pixels = frames(2, 30, 30, device=device)
     for size, kind, message in (

@@ -63,6 +63,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "varlen_attention_cuda": extension_calls(device),
         "varlen_attention_cuda_backward": [],  # by the gradients of the one above; alone it needs what that one returns
         "patchify": [(frames, torch.float32), (frames, torch.float16)],
+        "resize": [(frames, 56, 28), (frames, 28, 56)],
         "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
         "linear_cross_entropy_backward": [
             (torch.ones_like(loss), hidden, words, labels, loss_lse, -100, *wanted)

@@ -197,6 +197,21 @@ def test_in_place_refuses_gradients(op, device):
         assert not same_bits(tensors[which].detach(), before[which])
 
 
+def test_a_table_made_in_inference_mode_serves_training(device):
+    """The default table is kept from call to call; one of another base or size is another."""
+    positions = integers(60, 3, 5, device=device)
+    for dim, theta in ((16, 77.0), (24, 77.0), (16, 78.0)):
+        q, sections = randn(5, 2, dim, device=device), (0, 0, dim // 2)
+        with torch.inference_mode():
+            expected = ops.mrope(q, q, positions, theta=theta, sections=sections)[0].clone()
+        table = reference.inverse_frequencies(dim, theta).to(device)
+        for rest in ({"theta": theta}, {"inv_freq": table}):
+            leaf = q.clone().requires_grad_()
+            out, _ = ops.mrope(leaf, q, positions, sections=sections, **rest)
+            assert same_bits(out.detach(), expected)
+            assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
+
+
 @dtypes
 @pytest.mark.parametrize("make", [mrope, vision_rope])
 def test_one_token_and_none(make, dtype, device):

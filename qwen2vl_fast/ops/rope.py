@@ -10,6 +10,8 @@ from ..reference import inverse_frequencies, mrope_angles, vision_rope_angles
 from . import checks
 from .backends import choose, define
 
+_tables: dict[tuple[int, float, torch.device], torch.Tensor] = {}
+
 
 def mrope(
     q: torch.Tensor,
@@ -118,11 +120,22 @@ def _check_positions(position_ids: torch.Tensor, q: torch.Tensor, axes: int) -> 
 
 def _check_table(inv_freq: torch.Tensor | None, size: int, dim: int, theta: float, device: torch.device) -> torch.Tensor:
     if inv_freq is None:
-        return inverse_frequencies(dim, checks.number("theta", theta)).to(device)
+        return _default_table(dim, checks.number("theta", theta), device)
     if checks.check_tensor("inv_freq", inv_freq).dtype != torch.float32:
         raise TypeError(f"inv_freq: expected float32 (a rounded table is wrong from position 256 on), got {inv_freq.dtype}")
     checks.shape("inv_freq", inv_freq, (size,), f"[{size}]")
     return inv_freq.to(device)
+
+
+def _default_table(dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Made once: on a device a table costs a copy from the host, which waits. While something traces, it is made anew."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return inverse_frequencies(dim, theta).to(device)
+    key = dim, float(theta), device
+    if key not in _tables:
+        with torch.inference_mode(False):  # else autograd could not save it later
+            _tables[key] = inverse_frequencies(dim, theta).to(device)
+    return _tables[key]
 
 
 def _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling) -> torch.Tensor:
