@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from bench/results/*.json and nano's eval.json, and the plots beside them.
+"""Writes the tables of README.md and docs/bench.md from bench/results/*.json and nano's eval.json, and the plots beside them.
 
     python -m bench.report [--check] [--from FOLDER]
 
@@ -21,6 +21,7 @@ from bench.timing import RESULTS, ROOT
 
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
 OURS = "qwen2vl_fast"
+DOCUMENTS = ("README.md", "docs/bench.md")
 PASSES = ("rope", "mrope", "merge", "norms", "activations", "patchify")
 Result = dict[str, Any]
 
@@ -238,16 +239,27 @@ def _block(lines: list[str], results: list[Result], name: str) -> str:
     return "\n".join([*lines, "", *figures, *([""] if figures else []), *dict.fromkeys(map(source, results))])
 
 
-def render(text: str) -> str:
-    """README's text with every table written anew. Raises ValueError for a table that nobody makes, or one that is missing."""
+def render(texts: dict[str, str]) -> dict[str, str]:
+    """Documents with every table written anew. Raises ValueError unless each table stands in one of them, once."""
     known = tables()
-    names = re.findall(r"<!-- table (\w+) -->", text)
+    names = [name for text in texts.values() for name in re.findall(r"<!-- table (\w+) -->", text)]
     if sorted(names) != sorted(known):
-        raise ValueError(f"README.md: expected the tables {sorted(known)}, got {sorted(names)}")
-    for name in names:
-        block = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda match, name=name: match[1] + known[name]() + "\n" + match[2], text)
-    return text
+        raise ValueError(f"{' and '.join(texts)}: expected the tables {sorted(known)}, got {sorted(names)}")
+
+    def block(match: re.Match[str]) -> str:
+        return match[1] + known[match[2]]() + "\n" + match[3]
+
+    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return {path: _beside(path, pattern.sub(block, text)) for path, text in texts.items()}
+
+
+def _beside(path: str, text: str) -> str:
+    """Paths of plots from the document's own folder."""
+    return text.replace("](docs/plots/", "](plots/") if path.startswith("docs/") else text
+
+
+def documents() -> dict[str, str]:
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in DOCUMENTS}
 
 
 def take_over(folder: Path) -> list[Path]:
@@ -268,24 +280,24 @@ def take_over(folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail when README.md or a plot is out of date, and change nothing")
+    parser.add_argument("--check", action="store_true", help="fail when a table or a plot is out of date, and change nothing")
     parser.add_argument("--from", dest="folder", type=Path, help="first copy the results of this folder to bench/results")
     options = parser.parse_args(argv)
     if options.folder:
         for path in take_over(options.folder):
             print(path)
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
+    before = documents()
     stale = plots.stale()
     if options.check:
-        if render(before) != before:
-            print("README.md does not agree with the results; run python -m bench.report", file=sys.stderr)
-        for path in stale:
+        after = render(before)
+        changed = [path for path in before if after[path] != before[path]]
+        for path in [*changed, *stale]:
             print(f"{path} does not agree with the results; run python -m bench.report", file=sys.stderr)
-        return int(render(before) != before or bool(stale))
+        return int(bool(changed or stale))
     for path in plots.write(stale):
         print(path)
-    readme.write_text(render(before), encoding="utf-8")
+    for path, text in render(before).items():
+        (ROOT / path).write_text(text, encoding="utf-8")
     return 0
 
 
