@@ -309,7 +309,9 @@ def _exact_text(rotary: nn.Module) -> torch.Tensor | None:
 
     default = getattr(rotary, "compute_default_rope_parameters", None)
     function = default if default is not None and rotary.rope_type == "default" else ROPE_INIT_FUNCTIONS[rotary.rope_type]
-    return _agreeing(function(rotary.config, device=torch.device("cpu"))[0].float(), rotary.inv_freq)
+    device = inspect.signature(function).parameters.get("device")
+    needed = {"device": None} if device is not None and device.default is inspect.Parameter.empty else {}
+    return _agreeing(function(rotary.config, **needed)[0].float(), rotary.inv_freq)
 
 
 def _exact_vision(rotary: nn.Module) -> torch.Tensor | None:
