@@ -25,6 +25,7 @@ import torch
 
 from bench.attention import CASES
 from bench.timing import RESULTS, ROOT, parser, publish, say
+from qwen2vl_fast.positions import block_rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ LAUNCH = 2e-6  # seconds that a kernel takes beyond its work when it stands in a
 EXPONENTIALS = 16  # a clock and multiprocessor
 # Share of a matrix product's rate that the attention loop reaches while it runs. Hopper: what csrc/fwd_sm90.cuh is built for.
 LOOP = {80: 0.80, 89: 0.85, 90: 0.80}
-TILES = {80: (128, 64), 89: (128, 64), 90: (192, 112)}  # rows, keys
+KEYS = {80: 64, 89: 64, 90: 96}  # of a block; the rows are what positions.block_rows chooses
 
 # Bytes a token of each kernel in bf16: every input read once, every output written once.
 BYTES = {
@@ -175,7 +176,7 @@ def cuobjdump(flag: str, path: str) -> str:
 
 def attention_seconds(lengths: tuple[int, ...], device: Device, *, heads: int = 16, dim: int = 80) -> float:
     """The longest of the multiprocessors' times when tiles are dealt longest first; a tile is its rows x its keys, padded."""
-    rows, keys = TILES[device.capability]
+    rows, keys = block_rows(lengths, heads, dim, divmod(device.capability, 10), False), KEYS[device.capability]
     clocks = []
     for length in lengths:
         padded = -(-length // keys) * keys
