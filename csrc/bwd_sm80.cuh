@@ -97,14 +97,18 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   static constexpr int DQ_COLUMN_WARPS = Rows::WARPS / DQ_ROW_WARPS;
   static constexpr int DQ_PAIRS = (D / 16 + DQ_COLUMN_WARPS - 1) / DQ_COLUMN_WARPS;  // of 16 columns
 
+  // Of numbers that are not negative: unsigned division takes fewer registers.
+  static DEV int quotient(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
+
   // Which queries a step takes: of query head `head`, rows first.. of the tile.
   struct Queries {
     int head, first;
 
     DEV Queries(const VarlenAttention& p, const Tile& tile, int step) {
       const int steps = (tile.rows + STEP - 1) / STEP;
-      head = tile.head * (p.H / p.Hk) + step / steps;
-      first = step % steps * STEP;
+      const int past = quotient(step, steps);
+      head = tile.head * quotient(p.H, p.Hk) + past;
+      first = (step - past * steps) * STEP;
     }
   };
 
