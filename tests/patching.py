@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,8 @@ import qwen2vl_fast
 from tests import models
 from tests.compare import PARITY, check_parity
 from tests.models import labels_of, peer_inputs, real_tokens, released_config
+
+EVERYWHERE = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2|mlp\.0|mlp\.2)$"
 
 
 def tiny(seed: int) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def gradients(hf: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tuple
     return loss.detach().double(), found
 
 
-def check_case(seed: int, casts: str, *, train: bool = True) -> None:
+def check_case(seed: int, casts: str, *, train: bool = True, device: str = "cpu") -> None:
     """One random model and batch: logits, hidden states, loss and gradients of the patched model are the unpatched one's.
 
     casts: "lifted" inside `lift_casts`. As released, the float32 casts are all that a cancelling gradient can be held to, so
@@ -145,9 +151,10 @@ def check_case(seed: int, casts: str, *, train: bool = True) -> None:
     """
     config = tiny(seed)
     merge = config["vision_config"]["spatial_merge_size"]
-    hf = model_of(config, seed)
+    hf = model_of(config, seed).to(device)
     draw = random.Random(seed)
     inputs = batch(rows(seed, merge), merge, padding=draw.choice(["left", "right"]), seed=seed)
+    inputs = {name: x.to(device) for name, x in inputs.items()}
     real = real_tokens(inputs)
     positions = draw.random() < 0.5  # without clips that are longer than wide both rules agree
     with torch.no_grad():
@@ -209,3 +216,41 @@ def compare(hf: nn.Module, inputs: dict, *, unpatched: nn.Module | None = None, 
             got = forward(hf, inputs).logits
     check_parity(got[real], expected[real], "released")
     return report
+
+
+def with_lora(hf: nn.Module, seed: int = 0) -> nn.Module:
+    """Adapters on every Linear of tower and decoder, none of which is zero."""
+    import peft  # not among what a machine with a GPU alone must have
+
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(hf, peft.LoraConfig(r=2, target_modules=EVERYWHERE, lora_dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return model
+
+
+def step(model: nn.Module, hf: nn.Module, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of what is trained."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    loss = model(**peer_inputs(hf, inputs), labels=labels_of(inputs)).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach().double(), found
+
+
+def run_ranks(kind: str, folder: Path) -> list[dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).parent.parent
+    commands = [[sys.executable, "-m", "tests.ranks", kind, str(rank), "2", str(port), str(folder)] for rank in range(2)]
+    processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -339,6 +339,34 @@ def test_matrix_of_the_documentation():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_device(dtype):
+    """With the kernels that are there. The judge is the float64 model on the CPU; grids on the host and on the device."""
+    hf, wide = model_of(CONFIGS["released"], dtype=dtype).cuda(), model_of(CONFIGS["released"])
+    wide.load_state_dict(hf.state_dict())
+    inputs = models.batch(MIXED, dtype=dtype)
+    real = real_tokens(inputs)
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    there = {name: x.cuda() for name, x in inputs.items()}
+    with torch.no_grad():
+        reference = qwen2vl_fast.Qwen2VL.from_transformers(wide)(**exact).logits[real]
+        unpatched = forward(hf, there).logits.cpu()[real]
+        with patched(hf) as report:
+            for grids in ("cuda", "cpu"):
+                given = {name: x.to(grids) if name.endswith("grid_thw") else x for name, x in there.items()}
+                got = forward(hf, given).logits.cpu()[real]
+                check(got, reference, [error(unpatched, reference)])
+    kernels = {row["part"]: row["backend"] for row in report.rows()}
+    assert kernels["m-rope"] == kernels["vision rope"] == kernels["swiglu"] == "triton"
+
+
+@pytest.mark.gpu
+def test_random_models_on_a_device():
+    for seed in range(20):
+        patching.check_case(seed, "released", device="cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_sync_beyond_one_copy(where, masked):

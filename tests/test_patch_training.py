@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
-import accelerate
-import peft
 import pytest
 import torch
 import transformers
-from accelerate.hooks import attach_align_device_hook
 from torch import nn
 
 import qwen2vl_fast
@@ -22,35 +15,27 @@ from qwen2vl_fast.patch.model import ENCODE
 from tests import models, patching, ranks
 from tests.compare import check_parity
 from tests.models import CONFIGS, OLD_TRANSFORMERS, labels_of, peer_inputs
-from tests.patching import check_gradients, classes, forward, gradients, model_of, patched, same, snapshot, twin
+from tests.patching import (
+    check_gradients,
+    classes,
+    forward,
+    gradients,
+    model_of,
+    patched,
+    run_ranks,
+    same,
+    snapshot,
+    step,
+    twin,
+    with_lora,
+)  # fmt: skip
 
 ROWS = [
     [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
     [("text", 7)],
     [("image", 2, 4), ("text", 3)],
 ]
-EVERYWHERE = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2|mlp\.0|mlp\.2)$"
 CLOSE = 1e-5  # of the largest gradient: transformers' norms are float32 inside
-
-
-def with_lora(hf: nn.Module, seed: int = 0) -> nn.Module:
-    """Adapters on every Linear of tower and decoder, none of which is zero."""
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(hf, peft.LoraConfig(r=2, target_modules=EVERYWHERE, lora_dropout=0.0))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
-    return model
-
-
-def step(model: nn.Module, hf: nn.Module, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Loss and gradients of what is trained."""
-    model.train()
-    model.zero_grad(set_to_none=True)
-    loss = model(**peer_inputs(hf, inputs), labels=labels_of(inputs)).loss
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return loss.detach().double(), found
 
 
 def agree(got: dict, expected: dict) -> None:
@@ -211,6 +196,8 @@ def test_trainer(tmp_path):
 @pytest.mark.parametrize("first", ["patch", "split"])
 def test_model_with_its_weights_elsewhere(first):
     """device_map: accelerate's hooks bring each layer's weights, and the inputs, when the layer is called."""
+    from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+
     hf = model_of(CONFIGS["released"])
     inputs = models.batch(ROWS)
     real = models.real_tokens(inputs)
@@ -236,7 +223,7 @@ def test_model_with_its_weights_elsewhere(first):
     qwen2vl_fast.unpatch(hf)
     hf.model.rope_deltas = None
     if first == "patch":
-        accelerate.hooks.remove_hook_from_submodules(hf)
+        remove_hook_from_submodules(hf)
         assert not any(HOOKS in vars(module) for module in hf.modules())
         assert all(type(m).forward is vars(m)["forward"].__func__ for m in hf.modules() if "forward" in vars(m))
     else:
@@ -279,22 +266,6 @@ def test_sharded_and_quantized_weights_are_not_read():
 
 
 # Several processes.
-
-
-def run_ranks(kind: str, folder: Path) -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parent.parent
-    commands = [[sys.executable, "-m", "tests.ranks", kind, str(rank), "2", str(port), str(folder)] for rank in range(2)]
-    processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

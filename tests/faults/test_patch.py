@@ -12,8 +12,7 @@ import qwen2vl_fast
 from qwen2vl_fast import ops
 from tests import models
 from tests.models import CONFIGS, OLD_TRANSFORMERS, peer_inputs
-from tests.patching import classes, forward, model_of, patched, same, snapshot, twin
-from tests.test_patch_training import run_ranks, step, with_lora
+from tests.patching import classes, forward, model_of, patched, run_ranks, same, snapshot, step, twin, with_lora
 
 ROWS = [[("text", 3), ("image", 4, 6), ("text", 5)], [("text", 4), ("video", 2, 4, 4), ("text", 2)]]
 
