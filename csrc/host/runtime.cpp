@@ -1,6 +1,8 @@
 // Fibers, the scheduler, meetings of warps, barriers.
 #include "runtime.h"
 
+#include <dlfcn.h>
+#include <execinfo.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -157,6 +159,22 @@ std::string where_threads_wait() {
   return text;
 }
 
+// Where the current thread is, as file+offset for addr2line.
+std::string stack_of_calls() {
+  void* frames[24];
+  const int count = backtrace(frames, 24);
+  std::string text;
+  for (int i = 0; i < count; ++i) {
+    Dl_info found;
+    if (dladdr(frames[i], &found) == 0 || found.dli_fname == nullptr) continue;
+    char line[512];
+    std::snprintf(line, sizeof line, "\n  %s+0x%zx", found.dli_fname,
+                  static_cast<size_t>(static_cast<char*>(frames[i]) - static_cast<char*>(found.dli_fbase)) - 1);
+    text += line;
+  }
+  return text;
+}
+
 // The thread that runs next, or -1.
 int pick() {
   auto& queue = block.runnable;
@@ -279,7 +297,7 @@ void fail_text(const std::string& text) {
   char place[80];
   std::snprintf(place, sizeof place, "block %d thread %d (warp %d lane %d): ", block.index, block.current->index,
                 block.current->index / LANES, block.current->index % LANES);
-  error = place + text;
+  error = place + text + stack_of_calls();
   leave(true);
   __builtin_unreachable();
 }

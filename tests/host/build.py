@@ -77,13 +77,13 @@ def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str], folder: str
 def library(unit: str, csrc: Path = CSRC, folder: str = "csrc/host") -> Path:
     """The shared library of <folder>/<unit>.cpp."""
     objects = _objects(csrc, [*RUNTIME, unit], FLAGS, folder)
-    return _output(f"{unit}.so", objects, [compiler(), "-shared", *objects])
+    return _output(f"{unit}.so", objects, [compiler(), "-shared", *objects, "-ldl"])
 
 
 def program(units: Sequence[str], csrc: Path = CSRC) -> Path:
     """The program of these units with the address and undefined-behaviour sanitizers."""
     objects = _objects(csrc, [*RUNTIME, *units], (*FLAGS, *SANITIZED), "csrc/host")
-    return _output("program", objects, [compiler(), *SANITIZED, *objects])
+    return _output("program", objects, [compiler(), *SANITIZED, *objects, "-ldl"])
 
 
 def altered(folder: Path, file: str, old: str, new: str) -> Path:

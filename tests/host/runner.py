@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,18 @@ def call(function, *arguments: object, grid: int, seed: int, races: bool = True)
     message = ctypes.create_string_buffer(8192)
     run = Run(grid, races, seed, ctypes.cast(message, ctypes.c_char_p), len(message))
     if function(*arguments, ctypes.byref(run)):
-        raise HostError(message.value.decode())
+        raise HostError(_with_lines(message.value.decode()))
+
+
+def _with_lines(message: str) -> str:
+    """Addresses of the message as the lines of the kernel that they stand for, innermost first."""
+    head, *frames = re.split(r"\n  (\S+)\+(0x[0-9a-f]+)", message)
+    lines: list[str] = []
+    for path, offset, rest in zip(frames[::3], frames[1::3], frames[2::3], strict=True):
+        head += rest
+        found = subprocess.run(["addr2line", "-i", "-e", path, offset], capture_output=True, text=True).stdout.split("\n")
+        lines += [line for line in (Path(f).name for f in found) if ".cuh:" in line and not line.startswith("ptx")]
+    return head + (f"\n  at {' < '.join(dict.fromkeys(lines))}" if lines else "")
 
 
 def tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int, causal: bool) -> Tensor:
