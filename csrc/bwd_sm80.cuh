@@ -239,8 +239,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
 #pragma unroll
       for (int n = 0; n < 2 * DQ_PAIRS; ++n) {
         if (pair + n / 2 >= D / 16) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) add_global(target + half * 8 * p.H * D + n * 8 + e, sum[n][2 * half + e] * p.scale);
+        add_global(target + half * 8 * p.H * D + n * 8, sum[n][2 * half] * p.scale, sum[n][2 * half + 1] * p.scale);
       }
     }
   }

@@ -177,12 +177,18 @@ DEV Words4 load_shared_16(uint32_t from) {
   return x;
 }
 
-// Adds to global memory, in whatever order the threads come; nothing is returned.
-DEV void add_global(float* to, float x) {
+// Adds to two neighbours in global memory, 8-byte aligned, in whatever order the threads come; nothing is returned.
+DEV void add_global(float* to, float x, float y) {
 #ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to + 1), "f"(y) : "memory");
+#endif
 #else
   host::add_global(to, x);
+  host::add_global(to + 1, y);
 #endif
 }
 
