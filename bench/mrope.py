@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as theirs
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, random, tokens, with_gradients
+from bench.passes import (
+    Case,
+    compiled,
+    compiled_with_gradients,
+    device,
+    dtype,
+    main,
+    positions_of,
+    random,
+    tokens,
+    with_gradients,
+)
 from qwen2vl_fast import ops, reference
 
 MODELS = {"2B": (12, 2), "7B": (28, 4)}
 DIM, THETA, SECTIONS = 128, 1e6, (16, 24, 24)
-
-
-def positions_of(count: int) -> Tensor:
-    """[3, T]: text, then an image of half the tokens."""
-    half, side = count // 2, int((count // 2) ** 0.5)
-    text = torch.arange(half)
-    image = torch.stack(
-        (torch.zeros(count - half, dtype=torch.int64), *(torch.arange(count - half) // d % side for d in (side, 1)))
-    )
-    return torch.cat((text.expand(3, -1), half + image), 1).to(device())
 
 
 def tables(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,16 @@ def random(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=generator, device=device(), dtype=torch.float32).to(dtype())
 
 
+def positions_of(count: int) -> Tensor:
+    """[3, T]: text, then an image of half the tokens."""
+    half, side = count // 2, int((count // 2) ** 0.5)
+    text = torch.arange(half)
+    image = torch.stack(
+        (torch.zeros(count - half, dtype=torch.int64), *(torch.arange(count - half) // d % side for d in (side, 1)))
+    )
+    return torch.cat((text.expand(3, -1), half + image), 1).to(device())
+
+
 def with_gradients(function: Callable[..., Any], leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], Any]:
     """A call of function(*leaves) and of its backward pass: outputs, then the gradients of the leaves."""
     inputs = [x.detach().requires_grad_() for x in leaves]

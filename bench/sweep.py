@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench.mrope import positions_of
-from bench.passes import random
+from bench.passes import positions_of, random
 from bench.timing import ceilings, measure, parser, publish, say
 from qwen2vl_fast import reference
 from qwen2vl_fast.kernels import activation, norm, patchify, rope, sums
@@ -107,11 +106,11 @@ def partial_sums(count: int) -> tuple[Callable[[], Any], int]:
     return run, 4 * partial.numel()
 
 
-ROTATION = {"BLOCK_T": (2, 4, 8), "PER_THREAD": (8, 16, 32), "NUM_WARPS": (1, 2, 4), "FILL": (1, 1 << 30)}
-FORWARD = {"TILE": (1024, 2048, 4096, 8192), "PER_WARP": (256, 512, 1024)}
-BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (256, 512, 1024), "BACKWARD_STAGES": (1, 2),
-            "PROGRAMS": (264, 528, 1056), "ROWS": (1, 4)}  # fmt: skip
-POINTWISE = {"BLOCK_T": (1, 2, 4, 8), "BLOCK_F": (512, 1024, 2048), "NUM_WARPS": (4, 8)}
+ROTATION = {"BLOCK_T": (4, 8), "PER_THREAD": (8, 16), "NUM_WARPS": (2, 4), "SHARE": (1, 2, 8)}
+FORWARD = {"TILE": (1024, 2048, 4096), "PER_WARP": (256, 512, 1024)}
+BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (512, 1024), "BACKWARD_STAGES": (1, 2),
+            "PROGRAMS": (264, 528), "ROWS": (1, 4)}  # fmt: skip
+POINTWISE = {"BLOCK_T": (1, 2, 4), "BLOCK_F": (512, 1024, 2048), "NUM_WARPS": (4, 8)}
 FAMILIES = {
     "vision_rope": Family(rope, ROTATION, rotation(16, 16, 80, 2)),
     "mrope_2B": Family(rope, ROTATION, rotation(12, 2, 128, 3)),
@@ -124,9 +123,9 @@ FAMILIES = {
     "quick_gelu_5120": Family(activation, POINTWISE, activated(5120, "quick_gelu")),
     "gelu_5120": Family(activation, POINTWISE, activated(5120, "gelu")),
     "swiglu_18944": Family(activation, POINTWISE, activated(18944, "swiglu")),
-    "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (32, 128)}, activated(5120, "gelu", True)),
+    "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (64, 256)}, activated(5120, "gelu", True)),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
-    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16, 32), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (4, 8)}, patches),
+    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (2, 4, 8)}, patches),
     "sums": Family(sums, {"BLOCK_R": (32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (4, 8)}, partial_sums),
 }
 

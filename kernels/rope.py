@@ -15,7 +15,7 @@ from .offsets import blocks_of, offset, power_of_two, wide
 
 BLOCK_T, NUM_WARPS = 4, 2
 PER_THREAD = 16  # pairs that a thread turns at a time: four loads of 16 bytes in fp16; twice as many spill
-FILL = 2048  # programs that keep every multiprocessor busy: below, a token's heads are shared among programs
+FILL, SHARE = 2048, 2  # programs before one takes a second group of heads, for which it has the angles; groups it takes then
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def launch(
     axis, *rest = position_ids.stride()
     block_t, block_h, block_hk = _tile(heads, k.shape[-2], power_of_two(dim // 2))
     blocks, groups = blocks_of(tokens, block_t), heads // block_h + k.shape[-2] // block_hk
-    share = max(1, min(groups, blocks * groups // FILL))
+    share = max(1, min(SHARE, groups, blocks * groups // FILL))
     with torch.cuda.device_of(q):
         _rope_kernel[(blocks * blocks_of(groups, share),)](
             q, k, q_out, k_out, position_ids, table.contiguous(), tokens, length, share,

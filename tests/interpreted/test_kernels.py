@@ -66,15 +66,26 @@ def check_outputs(kind: str, seed: int, dtype: torch.dtype, device: str, layout:
         guard_.check(kind)
 
 
+@pytest.fixture
+def one_program_for_all_heads(monkeypatch):
+    """A switch: rotations in as few programs as can be, or as they come."""
+    before = {"FILL": rope.FILL, "SHARE": rope.SHARE}
+
+    def switch(on: bool) -> None:
+        for name, value in ({"FILL": 1, "SHARE": 64} if on else before).items():
+            monkeypatch.setattr(rope, name, value)
+
+    return switch
+
+
 @pytest.mark.full
 @every_kind
 @dtypes
-def test_many(kind, dtype, monkeypatch, device="cpu"):
+def test_many(kind, dtype, one_program_for_all_heads, device="cpu"):
     """Every tenth case with gradients, and every tenth rotation with its heads shared among programs, which takes long here."""
     assert sum(MANY.values()) == 10_000 and set(MANY) == set(KINDS)
-    fill = rope.FILL
     for index in range(30):
-        monkeypatch.setattr(rope, "FILL", fill if index % 10 == 1 else 1)
+        one_program_for_all_heads(index % 10 != 1)
         body = check_rule if index % 10 == 0 else check_outputs
         seeds = range(1000 + index, 1000 + MANY[kind], 30)
         sweep(body, seeds, kind=kind, dtype=dtype, device=device, layout=LAYOUTS[(index + index // 10) % 3])
