@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+import re
+import sys
 from itertools import pairwise
 
 import pytest
@@ -17,6 +19,7 @@ from tests.samples import PEERS
 from tests.test_ops_rope import randn
 
 pytestmark = pytest.mark.usefixtures("poison")
+backends = sys.modules["qwen2vl_fast.ops.backends"]  # qwen2vl_fast.ops offers a function of that name
 EDGES = (0, 1, 2, 15, 16, 63, 64, 65, 127, 128, 129, 191, 192, 193)
 
 
@@ -138,6 +141,14 @@ def test_no_device_is_an_error_with_the_kernels_name():
         _C.varlen_attention_forward(problem(), "sm_80", 64, 0, 0)
     with pytest.raises(RuntimeError, match=r"varlen_attention_backward: cuda\w+: .+ \(cudaError\w+\)"):
         backward(problem())
+
+
+@extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a device")
+def test_a_driver_that_is_too_old_is_a_reason():
+    """The automatic choice goes on to the next backend, and an explicit one says what is wrong."""
+    backends.driver_error.cache_clear()
+    assert re.match(r"the extension was built with CUDA \d+\.\d+: cudaGetDeviceCount: ", backends.driver_error())
 
 
 def test_what_the_kernels_refuse():

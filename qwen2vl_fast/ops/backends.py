@@ -65,6 +65,18 @@ def extension_error() -> str | None:
     return None
 
 
+@functools.cache
+def driver_error() -> str | None:
+    """None when the extension's CUDA runtime gets along with the driver (torch's own may be older), else the reason."""
+    from qwen2vl_fast import _C
+
+    try:
+        _C.device_count()
+    except RuntimeError as error:
+        return f"the extension was built with CUDA {_C.build_info()['cuda_version']}: {error}"
+    return None
+
+
 def _interpreting() -> bool:
     """Whether triton runs kernels on the CPU, one program at a time in Python (TRITON_INTERPRET=1): for tests."""
     import triton
@@ -90,6 +102,8 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
         return "no CUDA device"
     if device not in (None, "cuda"):
         return f"the tensors are on {device}, not on a CUDA device"
+    if backend == "cuda" and (error := driver_error()):
+        return error
     if backend == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
         return f"the extension needs compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
     return None
