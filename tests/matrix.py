@@ -42,7 +42,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "test_patch_training.test_sharded_and_quantized_weights_are_not_read",
     ),
     "device_map: weights elsewhere (accelerate)": ("test_patch_training.test_model_with_its_weights_elsewhere",),
-    "torch.compile of the decoder": ("test_patch.test_compile",),
+    "torch.compile": ("test_patch.test_compile", "test_patch.test_compile_whole_model"),
     "save_pretrained and reload": ("test_patch_binding.test_save_and_reload",),
     "deepcopy": ("test_patch_binding.test_a_copy_of_a_patched_model",),
     "modules that somebody swapped": ("test_patch_binding.test_swapped_modules_are_respected",),

@@ -244,10 +244,11 @@ class Installer:
     # What joins them.
 
     def _model(self, module: nn.Module, path: str) -> None:
-        self._hook(
-            module, path, TARGETS[1], "one tower pass", model.forward, needs=("visual", "language_model"),
-            arguments=("input_ids", "inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
-        )  # fmt: skip
+        if not self._leave("one tower pass"):
+            self._hook(
+                module, path, TARGETS[1], "one tower pass", model.forward, needs=("visual", "language_model"),
+                arguments=("input_ids", "inputs_embeds", *model.PIXELS, *model.GRIDS),
+            )  # fmt: skip
         if not self._leave("position ids"):
             self._hook(
                 module, path, TARGETS[1], "position ids", model.get_rope_index, method="get_rope_index",
@@ -256,7 +257,7 @@ class Installer:
             )  # fmt: skip
 
     def _whole(self, module: nn.Module, path: str) -> None:
-        if hasattr(type(module), model.ENCODE):
+        if hasattr(type(module), model.ENCODE) and not self._leave("one tower pass"):
             self._hook(
                 module, path, TARGETS[0], "one tower pass", model.encode_for_generation, method=model.ENCODE,
                 arguments=("model_kwargs",), output=self.release.tower_output,

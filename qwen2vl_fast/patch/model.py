@@ -35,14 +35,11 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     embeds = self.get_input_embeddings()(input_ids)
     if encoded:
         hook.part.ran()
-        outputs = [encoded.get(kind) for kind in KINDS]
-        features = [None if output is None else torch.cat(tuple(output["pooler_output"])) for output in outputs]
-        embeds = _put(self, embeds, input_ids, features, None)
+        embeds = _put(self, embeds, input_ids, *_joined(encoded), None)
     elif any(x is not None for x in pixels):
         hook.part.ran()
-        masks = _masks(self, input_ids)
-        grids, counts = _on_host(self, pixels, grids, masks)
-        embeds = _put(self, embeds, input_ids, _encode(self, pixels, grids), counts)
+        rows, grid, sizes, counts = _gathered(self, pixels, grids, input_ids)
+        embeds = _put(self, embeds, input_ids, _tokens(self.visual(rows, grid_thw=grid)), sizes, counts)
     elif encoded is None and _others_wait(kwargs):
         embeds = embeds + _no_media(self).to(embeds.device, embeds.dtype)
     return original(self, **{**kwargs, "inputs_embeds": embeds})
@@ -70,51 +67,64 @@ def _masks(self: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
     return [input_ids == token for token in (self.config.image_token_id, self.config.video_token_id)]
 
 
-def _on_host(self: nn.Module, pixels: _Pair, grids: _Pair, masks: list[torch.Tensor]) -> tuple[_Pair, torch.Tensor | None]:
-    """The grids on the host, and the numbers of placeholders where they cost no sync of their own."""
+def _tokens(output: Any) -> torch.Tensor:
+    """[M, E] of what a tower returns."""
+    return getattr(output, "pooler_output", output)
+
+
+@torch.compiler.disable  # reads the grids on the host
+def _gathered(
+    self: nn.Module, pixels: _Pair, grids: _Pair, input_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[int | None], torch.Tensor | None]:
+    """Patch rows of images, then videos; their grids on the host; visual tokens of each kind, None for one that was not given;
+    numbers of placeholders in input_ids [2] on the host where they cost no sync of their own.
+    """
     for pixel_name, grid_name, one, grid in zip(PIXELS, GRIDS, pixels, grids, strict=True):
         if one is not None and grid is None:
             raise ValueError(f"{grid_name}: expected [N, 3] grids with {pixel_name}, got None")
     copied = any(grid is not None and grid.device.type != "cpu" for grid in grids)
-    counts = torch.stack([mask.sum() for mask in masks]) if copied or masks[0].device.type == "cpu" else None
+    counts = None
+    if input_ids is not None and (copied or input_ids.device.type == "cpu"):
+        counts = torch.stack([mask.sum() for mask in _masks(self, input_ids)])
     *grids, counts = to_host(*grids, counts)
-    return grids, counts
-
-
-def _encode(self: nn.Module, pixels: _Pair, grids: _Pair) -> _Pair:
-    """Images and videos through the tower together: [M, E] visual tokens of each."""
     present = [i for i in range(2) if pixels[i] is not None]
     device, merge = pixels[present[0]].device, self.visual.spatial_merge_size
     rows = [pixels[i].to(device, self.visual.dtype) for i in present]
     checked = [check_grid(grids[i], merge) for i in present]
-    features = self.visual(rows[0] if len(rows) == 1 else torch.cat(rows), grid_thw=torch.cat(checked))
-    features = getattr(features, "pooler_output", features)
-    parts = iter(features.split([int(grid.prod(1).sum()) // merge**2 for grid in checked]))
-    return [next(parts) if i in present else None for i in range(2)]
+    sizes: list[int | None] = [None, None]
+    for i, grid in zip(present, checked, strict=True):
+        sizes[i] = int(grid.prod(1).sum()) // merge**2
+    return rows[0] if len(rows) == 1 else torch.cat(rows), torch.cat(checked), sizes, counts
 
 
+def _joined(encoded: dict[str, Any]) -> tuple[torch.Tensor, list[int | None]]:
+    """Visual tokens that were encoded before, images' first, and their numbers."""
+    found = [None if encoded.get(kind) is None else torch.cat(tuple(encoded[kind]["pooler_output"])) for kind in KINDS]
+    return torch.cat([x for x in found if x is not None]), [None if x is None else x.shape[0] for x in found]
+
+
+@torch.compiler.disable  # counts placeholders
 def _put(
-    self: nn.Module, embeds: torch.Tensor, input_ids: torch.Tensor, features: _Pair, counts: torch.Tensor | None
+    self: nn.Module, embeds: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor, sizes: list[int | None], counts: Any
 ) -> torch.Tensor:
     """embeds [B, S, E] with visual tokens in the places of their placeholders.
 
-    counts: [2] numbers of placeholders on the host, or None where reading them would wait for the device.
+    features: [M, E], images' first. sizes: the number of each kind, None if not given. counts: as `_gathered` returns them.
     """
     masks = _masks(self, input_ids)
     if counts is None and input_ids.device.type == "cpu":
         counts = torch.stack([mask.sum() for mask in masks])
-    where, rows = [], []
-    for index, (kind, mask, x) in enumerate(zip(KINDS, masks, features, strict=True)):
-        if x is None:
+    where = []
+    for index, (kind, mask, size) in enumerate(zip(KINDS, masks, sizes, strict=True)):
+        if size is None:
             continue
         if counts is None:
-            torch._assert_async(mask.sum() == x.shape[0])
-        elif int(counts[index]) != x.shape[0]:
-            count = int(counts[index])
-            raise ValueError(f"input_ids: expected {x.shape[0]} {kind} placeholders by {kind}_grid_thw, got {count}")
-        where.append(torch.nonzero_static(mask.flatten(), size=x.shape[0]).squeeze(1).to(embeds.device))
-        rows.append(x.to(embeds.device, embeds.dtype))
-    return embeds.flatten(0, 1).index_copy(0, torch.cat(where), torch.cat(rows)).view_as(embeds)
+            torch._assert_async(mask.sum() == size)
+        elif int(counts[index]) != size:
+            raise ValueError(f"input_ids: expected {size} {kind} placeholders by {kind}_grid_thw, got {int(counts[index])}")
+        where.append(torch.nonzero_static(mask.flatten(), size=size).squeeze(1).to(embeds.device))
+    rows = features.to(embeds.device, embeds.dtype)
+    return embeds.flatten(0, 1).index_copy(0, torch.cat(where), rows).view_as(embeds)
 
 
 def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +138,12 @@ def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict
         return getattr(type(self), ENCODE)(self, model_kwargs)
     hook.part.ran()
     grids = to_host(*grids)
-    outputs = {}
-    for kind, grid, features in zip(KINDS, grids, _encode(inner, pixels, grids), strict=True):
-        sizes = (grid.prod(1) // inner.visual.spatial_merge_size**2).tolist()
-        outputs[kind] = hook["output"](pooler_output=features.split(sizes))
+    rows, grid, _, _ = _gathered(inner, pixels, grids)
+    sizes = (grid.prod(1) // inner.visual.spatial_merge_size**2).tolist()
+    media, first = _tokens(inner.visual(rows, grid_thw=grid)).split(sizes), grids[0].shape[0]
+    outputs = {
+        kind: hook["output"](pooler_output=part) for kind, part in zip(KINDS, (media[:first], media[first:]), strict=True)
+    }
     for name in (*PIXELS, *GRIDS):
         model_kwargs.pop(name)
     model_kwargs["mm_encoder_outputs"] = outputs
@@ -155,9 +167,10 @@ def _no_media(self: nn.Module) -> torch.Tensor:
         width *= size
     pixels = torch.zeros(side * side, width, dtype=self.visual.dtype, device=self.visual.device)
     features = self.visual(pixels, grid_thw=torch.tensor([[1, side, side]]))
-    return getattr(features, "pooler_output", features).sum() * 0
+    return _tokens(features).sum() * 0
 
 
+@torch.compiler.disable  # holds placeholders against the grids
 def get_rope_index(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """As the class's method, by MODEL.md section 4, in whole-tensor arithmetic: ([3, B, S], [B, 1])."""
     hook = hook_of(self, "get_rope_index")

@@ -64,16 +64,9 @@ def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tens
     x = self.patch_embed(hidden_states)
     if _checkpoints(self) and not x.requires_grad and any(parameter.requires_grad for parameter in self.blocks.parameters()):
         x.requires_grad_()  # a reentrant checkpoint has gradients only if its input has: adapters would get none
-    grid, bounds = to_host(grid_thw, given["cu_seqlens"])
-    grid = check_grid(grid, self.spatial_merge_size)
-    whole = several_ranks() or kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-    if bounds is None and given["position_ids"] is None and not whole:
-        packs = [(x[rows], units) for rows, units in capped_packs(grid, MAX_PACK_PATCHES)]
-    else:
-        packs = [(x, grid)]
+    whole = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
     outputs = []
-    for rows, units in packs:
-        pack = _pack(self, rows.device, units, bounds, given["position_ids"])
+    for rows, pack in _packs(self, x, grid_thw, given["cu_seqlens"], given["position_ids"], bool(whole)):
         for block in self.blocks:
             rows = _call(self, hook, block, rows, pack, kwargs)
         outputs.append(rows)
@@ -94,6 +87,19 @@ def _checkpoints(self: nn.Module) -> bool:
     """Whether the blocks run inside gradient checkpoints now."""
     on = self.gradient_checkpointing or any(getattr(block, "gradient_checkpointing", False) for block in self.blocks)
     return bool(on and self.training and torch.is_grad_enabled())
+
+
+@torch.compiler.disable  # reads the grids on the host
+def _packs(
+    self: nn.Module, x: torch.Tensor, grid_thw: torch.Tensor, cu_seqlens: Any, position_ids: Any, whole: bool
+) -> list[tuple[torch.Tensor, Pack]]:
+    """(patches, what the blocks need to know of them) of each pack of at most MAX_PACK_PATCHES patches."""
+    grid, bounds = to_host(grid_thw, cu_seqlens)
+    grid = check_grid(grid, self.spatial_merge_size)
+    if whole or several_ranks() or bounds is not None or position_ids is not None:
+        return [(x, _pack(self, x.device, grid, bounds, position_ids))]
+    units = capped_packs(grid, MAX_PACK_PATCHES)
+    return [(x[rows], _pack(self, x.device, part, None, None)) for rows, part in units]
 
 
 def _pack(self: nn.Module, device: torch.device, grid: Any, bounds: Any, position_ids: Any) -> Pack:
