@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 
@@ -11,8 +12,9 @@ import torch
 from qwen2vl_fast import reference
 from tests.compare import Call, bounds_of, evaluate, judge, same_bits
 from tests.host import build
-from tests.host.backward import Attention
-from tests.host.runner import packed_bounds
+from tests.host.backward import Attention, key_tiles
+from tests.host.runner import call, load, packed_bounds
+from tests.host.test_forward_sm80 import TileList
 from tests.samples import PEERS
 
 EDGES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
@@ -44,9 +46,9 @@ def hold(op: Attention, lengths, *, keys=None, name="", **options) -> dict[str, 
     tensors, rest = sample(lengths, keys=keys, **options)
     bounds, bounds_k = bounds_of(lengths), bounds_of(lengths if keys is None else keys)
     segments = {"0": (0, bounds), "1": (1, bounds), "q": (0, bounds), "k": (0, bounds_k), "v": (0, bounds_k)}
-    call = Call(tensors, {**rest, "return_lse": True}, segments)
+    made = Call(tensors, {**rest, "return_lse": True}, segments)
     label = f"{name} {op} {lengths} {keys} {options}"
-    _, grads = judge(op, reference.varlen_attention, call, peers=PEERS["varlen_attention"], without=(1,), name=label)
+    _, grads = judge(op, reference.varlen_attention, made, peers=PEERS["varlen_attention"], without=(1,), name=label)
     return grads
 
 
@@ -159,3 +161,21 @@ def check_order(csrc=build.CSRC) -> None:
 
 def test_order():
     check_order()
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("seed", range(40))
+def test_key_tiles_from_boundaries(seed, rows):
+    """The list by keys that the device builds is the one of the description, in another order and with idle tiles."""
+    case = random_case(seed)
+    lengths, heads = case["lengths"], case["heads_k"]
+    keys = lengths if case["keys"] is None else case["keys"]
+    bounds, bounds_k = packed_bounds(lengths), packed_bounds(keys)
+    total, total_k = sum(lengths), sum(keys)
+    found = torch.full(((total_k // rows + len(keys)) * heads + 2, 8), -1, dtype=torch.int32)
+    pointers = (x.data_ptr() for x in (bounds, bounds_k, found))
+    arguments = TileList(*pointers, len(lengths), total, total_k, heads, rows, case["causal"], True)
+    call(load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments), grid=2, seed=seed)
+    assert (found[-2:] == -1).all()
+    real = [tile[:6] for tile in found[:-2].tolist() if tile[3] > 0]
+    assert sorted(real) == sorted(tile[:6] for tile in key_tiles(lengths, keys, heads, rows, case["causal"]).tolist())
