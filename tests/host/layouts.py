@@ -20,10 +20,12 @@ WGMMA_C = "((4,8,4),(2,2,{n_8})):((128,1,16),(64,8,512))"
 # Tiles in shared memory, (row, column) -> element before the swizzle, and what make_gmma_desc writes for 16 columns (rows).
 K_MAJOR = {
     32: "((8,{rows_8}),(16,{columns_16})):((16,128),(1,{rows}*16))",  # tile_to_shape(Layout_K_SW32_Atom, (rows, columns))
-    128: "((8,{rows_8}),64):((64,512),1)",
+    64: "((8,{rows_8}),(32,{columns_32})):((32,256),(1,{rows}*32))",
+    128: "((8,{rows_8}),(64,{columns_64})):((64,512),(1,{rows}*64))",
 }
 MN_MAJOR = {
     32: "((16,{columns_16}),(8,{rows_8})):((1,{rows}*16),(16,128))",  # tile_to_shape(Layout_MN_SW32_Atom, .., Step<_2, _1>)
+    64: "((32,{columns_32}),(8,{rows_8})):((1,{rows}*32),(32,256))",
     128: "((64,{columns_64}),(8,{rows_8})):((1,{rows}*64),(64,512))",
 }
 SWIZZLE_BITS = {32: 1, 64: 2, 128: 3}  # Sw<B, 4, 3> of byte addresses

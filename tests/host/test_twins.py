@@ -100,6 +100,10 @@ def tile_image(matrix: Tensor, table: list[list[int]], width: int, total: int) -
     return image
 
 
+def sizes(rows: int, columns: int) -> dict[str, int]:
+    return {"rows_8": rows // 8, **{f"columns_{w}": columns // w for w in (16, 32, 64)}}
+
+
 def high_word(stride: int, width: int) -> int:
     """Upper half of a descriptor: stride offset / 16, swizzle 1 for 128 bytes, 2 for 64, 3 for 32."""
     word = stride >> 4 | {128: 1, 64: 2, 32: 3}[width] << 30
@@ -108,12 +112,12 @@ def high_word(stride: int, width: int) -> int:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "n"), [(BF16, 64), (BF16, 112), (FP16, 112), (BF16, 176)])
-@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("width", [32, 64, 128])
 def test_products_of_shared_memory(twins, dtype, n, width, seed):
-    """A [64, 16 columns of 64] and B [n, the same] K-major, at every step of 16 columns."""
-    columns = 64
+    """A [64, 16 columns of 128] and B [n, the same] K-major, at every step of 16 columns."""
+    columns = 128
     a, b = small(64, columns, dtype=dtype), small(n, columns, seed=1, dtype=dtype)
-    tables = [layout(K_MAJOR[width], rows=rows, rows_8=rows // 8, columns_16=columns // 16) for rows in (64, n)]
+    tables = [layout(K_MAJOR[width], rows=rows, **sizes(rows, columns)) for rows in (64, n)]
     images = [tile_image(x, table, width, x.numel()) for x, table in zip((a, b), tables, strict=True)]
     d = small(64, n, seed=2, dtype=torch.float32)
     deal = layout(WGMMA_C, n_8=n // 8)
@@ -132,13 +136,13 @@ def test_products_of_shared_memory(twins, dtype, n, width, seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("dtype", "n", "width"),
-    [(BF16, 80, 32), (FP16, 80, 32), (BF16, 64, 128), (BF16, 128, 128), (BF16, 64, 32)],
+    [(BF16, 80, 32), (FP16, 80, 32), (BF16, 64, 128), (BF16, 128, 128), (BF16, 64, 32), (BF16, 64, 64)],
 )
 def test_products_of_registers(twins, dtype, n, width, seed):
     """A [64, 16] in registers, B [16 rows of 48, n] with n contiguous, at every step of 16 rows."""
     rows = 48
     a, b = small(64, 16, dtype=dtype), small(rows, n, seed=1, dtype=dtype)
-    table = layout(MN_MAJOR[width], rows=rows, rows_8=rows // 8, columns_16=n // 16, columns_64=n // 64)
+    table = layout(MN_MAJOR[width], rows=rows, **sizes(rows, n))
     image = tile_image(b.T.contiguous(), table, width, b.numel())
     d = small(64, n, seed=2, dtype=torch.float32)
     deal = layout(WGMMA_C, n_8=n // 8)
