@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import sums
 from .offsets import blocks_of, offset, wide
+from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
 CHUNKS = 128  # of the rows in a backward pass with a bias: each leaves one row of partial sums
@@ -123,11 +124,11 @@ def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.
     x = _rows(x)
     rows, width = x.shape
     if rows:
-        with torch.cuda.device_of(x):
-            _activation_kernel[_grid(blocks_of(rows, BLOCK_T), width)](
-                x, x if bias is None else bias, y, rows, x.stride(0),
-                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_meta(),
-            )  # fmt: skip
+        start(
+            _activation_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
+            (x, x if bias is None else bias, y), (rows,), (x.stride(0),),
+            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta()}, NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -145,12 +146,12 @@ def launch_backward(
         grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
         partial = torch.empty((chunks, 1, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if rows:
-        with torch.cuda.device_of(x):
-            _activation_backward_kernel[_grid(chunks, width)](
-                grad, x, x if bias is None else bias, grad_x, x if partial is None else partial,
-                rows, per_chunk, grad.stride(0), x.stride(0),
-                F=width, IS_QUICK=is_quick, HAS_BIAS=bias is not None, **_meta(),
-            )  # fmt: skip
+        start(
+            _activation_backward_kernel, _blocks(chunks, width),
+            (grad, x, x if bias is None else bias, grad_x, x if partial is None else partial),
+            (rows, per_chunk), (grad.stride(0), x.stride(0)),
+            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta()}, NUM_WARPS,
+        )  # fmt: skip
     if partial is not None:
         sums.launch(partial, [grad_bias])
     return grad_x, grad_bias
@@ -162,8 +163,8 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
     x = _rows(gate_up)
     if x.shape[0]:
-        with torch.cuda.device_of(x):
-            _swiglu_kernel[_grid(blocks_of(x.shape[0], BLOCK_T), width)](x, y, x.shape[0], x.stride(0), F=width, **_meta())
+        blocks = _blocks(blocks_of(x.shape[0], BLOCK_T), width)
+        start(_swiglu_kernel, blocks, (x, y), (x.shape[0],), (x.stride(0),), {"F": width, **_meta()}, NUM_WARPS)
     return y
 
 
@@ -172,19 +173,20 @@ def launch_swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     grad_x = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grad, x = _rows(grad), _rows(gate_up)
     if x.shape[0]:
-        with torch.cuda.device_of(x):
-            _swiglu_backward_kernel[_grid(blocks_of(x.shape[0], BLOCK_T), grad.shape[1])](
-                grad, x, grad_x, x.shape[0], grad.stride(0), x.stride(0), F=grad.shape[1], **_meta()
-            )
+        rows, width = grad.shape
+        start(
+            _swiglu_backward_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
+            (grad, x, grad_x), (rows,), (grad.stride(0), x.stride(0)), {"F": width, **_meta()}, NUM_WARPS,
+        )  # fmt: skip
     return grad_x
 
 
 def _meta() -> dict[str, int]:
-    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
+    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F}
 
 
-def _grid(row_blocks: int, width: int) -> tuple[int]:
-    return (row_blocks * blocks_of(width, BLOCK_F),)
+def _blocks(row_blocks: int, width: int) -> int:
+    return row_blocks * blocks_of(width, BLOCK_F)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

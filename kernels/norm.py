@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import sums
 from .offsets import blocks_of, offset, power_of_two, wide
+from .starting import start
 
 TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and elements a warp: 16 a thread
 BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 4096, 512, 2  # stages: tiles under way while one is worked on
@@ -130,14 +131,19 @@ def launch(
     count, width = x.shape
     if count:
         block_t, block_c, warps = tile(width, TILE, PER_WARP)
-        with torch.cuda.device_of(x):
-            _norm_kernel[(blocks_of(count, block_t),)](
+        start(
+            _norm_kernel, blocks_of(count, block_t),
+            (
                 x, residual, weight, weight if bias is None else bias, x if rows is None else rows,
                 y, y if total is None else total,
-                count, x.stride(0), residual.stride(0),
-                C=width, EPS=eps, IS_LAYER=bias is not None, HAS_RESIDUAL=total is not None, HAS_ROWS=rows is not None,
-                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
-            )  # fmt: skip
+            ),
+            (count,), (x.stride(0), residual.stride(0)),
+            {
+                "C": width, "EPS": eps, "IS_LAYER": bias is not None, "HAS_RESIDUAL": total is not None,
+                "HAS_ROWS": rows is not None, "BLOCK_T": block_t, "BLOCK_C": block_c,
+            },
+            warps,
+        )  # fmt: skip
     return y, total
 
 
@@ -166,13 +172,16 @@ def launch_backward(
     compute = torch.promote_types(x.dtype, torch.float32)
     partial = torch.empty((programs, len(grads), width), dtype=compute, device=x.device)
     if count:
-        with torch.cuda.device_of(x):
-            _norm_backward_kernel[(programs,)](
-                grad, grad_total, x, weight, x if rows is None else rows, grad_x, partial,
-                count, per_program, x.stride(0),
-                C=width, EPS=eps, IS_LAYER=bias is not None, HAS_TOTAL=has_total, HAS_ROWS=rows is not None,
-                BLOCK_T=block_t, BLOCK_C=block_c, STAGES=BACKWARD_STAGES, num_warps=warps,
-            )  # fmt: skip
+        start(
+            _norm_backward_kernel, programs,
+            (grad, grad_total, x, weight, x if rows is None else rows, grad_x, partial),
+            (count, per_program), (x.stride(0),),
+            {
+                "C": width, "EPS": eps, "IS_LAYER": bias is not None, "HAS_TOTAL": has_total, "HAS_ROWS": rows is not None,
+                "BLOCK_T": block_t, "BLOCK_C": block_c, "STAGES": BACKWARD_STAGES,
+            },
+            warps,
+        )  # fmt: skip
     sums.launch(partial, grads)
     return grad_x, grads[0], None if bias is None else grads[1]
 

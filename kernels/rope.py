@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .offsets import blocks_of, offset, power_of_two, wide
+from .starting import start
 
 BLOCK_T, NUM_WARPS = 4, 2
 PER_THREAD = 16  # pairs that a thread turns at a time: four loads of 16 bytes in fp16; twice as many spill
@@ -66,10 +67,9 @@ def _rotate_heads(
 @triton.jit(do_not_specialize=["T", "S", "share", "stride_p_a", "stride_p_b", "stride_p_s"])
 def _rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, position_ptr, table_ptr,
-    T, S, share,
+    T, S, share, stride_p_a, stride_p_b, stride_p_s, scaling,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_qo_b, stride_qo_s, stride_qo_h, stride_ko_b, stride_ko_s, stride_ko_h,
-    stride_p_a, stride_p_b, stride_p_s, scaling,
     H: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr,
     END_0: tl.constexpr, END_1: tl.constexpr, PERIOD: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -140,19 +140,23 @@ def launch(
     tokens = q.shape[0] * length if batched else length
     if tokens == 0 or heads + k.shape[-2] == 0:
         return
-    strides = [n for x in (q, k, q_out, k_out) for n in (x.stride()[:3] if batched else (0, *x.stride()[:2]))]
+    strides = tuple([n for x in (q, k, q_out, k_out) for n in (x.stride()[:3] if batched else (0, *x.stride()[:2]))])
     axis, *rest = position_ids.stride()
     block_t, block_h, block_hk = _tile(heads, k.shape[-2], power_of_two(dim // 2))
     blocks, groups = blocks_of(tokens, block_t), heads // block_h + k.shape[-2] // block_hk
     share = max(1, min(SHARE, groups, blocks * groups // FILL))
-    with torch.cuda.device_of(q):
-        _rope_kernel[(blocks * blocks_of(groups, share),)](
-            q, k, q_out, k_out, position_ids, table.contiguous(), tokens, length, share,
-            *strides, axis, *(rest if batched else (0, *rest)), scaling,
-            H=heads, HK=k.shape[-2], HALF=dim // 2, AXES=len(sections), END_0=sections[0], END_1=sections[0] + sections[1],
-            PERIOD=table.shape[0], SIGN=sign, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_HK=block_hk,
-            BLOCK_HALF=power_of_two(dim // 2), num_warps=NUM_WARPS,
-        )  # fmt: skip
+    start(
+        _rope_kernel, blocks * blocks_of(groups, share),
+        (q, k, q_out, k_out, position_ids, table.contiguous()),
+        (tokens, length, share, axis, *(rest if batched else (0, *rest)), scaling),
+        strides,
+        {
+            "H": heads, "HK": k.shape[-2], "HALF": dim // 2, "AXES": len(sections), "END_0": sections[0],
+            "END_1": sections[0] + sections[1], "PERIOD": table.shape[0], "SIGN": sign,
+            "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_HK": block_hk, "BLOCK_HALF": power_of_two(dim // 2),
+        },
+        NUM_WARPS,
+    )  # fmt: skip
 
 
 def _tile(heads: int, heads_k: int, half: int) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .offsets import blocks_of, offset
+from .starting import start
 
 BLOCK_R, BLOCK_C, NUM_WARPS = 64, 32, 4  # few columns a program, so that there are many programs at a width of a thousand
 
@@ -22,8 +23,8 @@ def _sum_kernel(
     part = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
         entry = partial_ptr + (offset(r, PARTS * C)[:, None] + (part * C + c)[None, :])
         total += tl.load(entry, mask=(r < R)[:, None] & (c < C)[None, :], other=0.0)
     out = tl.sum(total, 0)
@@ -36,8 +37,7 @@ def _sum_kernel(
 def launch(partial: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
     """outs, one or two of [C], = the sums over R of partial [R, len(outs), C]."""
     rows, parts, width = partial.shape
-    with torch.cuda.device_of(partial):
-        _sum_kernel[(parts * blocks_of(width, BLOCK_C),)](
-            partial, outs[0], outs[-1], rows,
-            C=width, PARTS=parts, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    start(
+        _sum_kernel, parts * blocks_of(width, BLOCK_C), (partial, outs[0], outs[-1]), (rows,), (),
+        {"C": width, "PARTS": parts, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}, NUM_WARPS,
+    )  # fmt: skip

@@ -348,7 +348,7 @@ MUTANTS = [
     ("patchify", "t // 2 % 2", "t % 2", "patchify"),
     ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
     ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
-    ("resize", "known = inside & (start + k < L)", "known = inside & (start + k < L - 1)", "resize"),
+    ("resize", "known = inside & (first + k < L)", "known = inside & (first + k < L - 1)", "resize"),
     ("resize", "1 << (BITS - 1)", "0", "resize"),
     ("resize", "tl.maximum(total >> BITS, 0)", "total >> BITS", "resize"),
     ("resize", "e // I, e % I", "e % J, e // J", "resize"),
