@@ -97,9 +97,10 @@ def measure_case(
 def check(wanted: list[str], options: argparse.Namespace) -> dict[str, str]:
     """{contender: why it takes no part}, found on a small problem whose lengths are no multiples of any tile."""
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    problem = Problem.random(CHECK, device=options.device, dtype=dtype, seed=2)
     broken = {}
     for contender in wanted:
+        lengths = tuple(n for n in CHECK if n > 1 or contender != "cuDNN")  # in torch it refuses a single key
+        problem = Problem.random(lengths, device=options.device, dtype=dtype, seed=2)
         try:
             _, error = peers.prepare(contender, problem, BOUNDS[dtype])
             say(options, f"{contender:<20} computes our problem, relative error {error:.1e}")

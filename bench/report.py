@@ -30,6 +30,15 @@ def read(path: Path) -> Result:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def sources(results: list[Result]) -> list[str]:
+    """Where results come from: a paragraph for each device, state and run, with the commands that it was asked."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        found.setdefault(source(result), []).append(f"`{result['command']}`")
+    paragraphs = [line for text, commands in found.items() for line in ("", f"{text}: {', '.join(commands)}")]
+    return paragraphs[1:]
+
+
 def source(result: Result) -> str:
     env = result["environment"]
     parts = [env["device"]]
@@ -40,10 +49,10 @@ def source(result: Result) -> str:
     parts += [f"torch {env['torch']}"]
     parts += [f"{name} {env[name]}" for name in ("transformers", "triton") if env.get(name, "not installed") != "not installed"]
     state = f"commit {env['commit']}" if env["commit"] != "no git checkout" else f"sources {env['sources']}"
-    text = ", ".join([*parts, env["date"], state]) + f": `{result['command']}`"
+    text = ", ".join([*parts, env["date"], state])
     if ceiling := result.get("ceilings"):
         text += (
-            f". Same run: copy {ceiling['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['matmul']} "
+            f"; same run: copy {ceiling['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['matmul']} "
             f"{ceiling['matmul_flops'] / 1e12:.{0 if ceiling['matmul_flops'] > 1e13 else 2}f} TFLOP/s"
         )
     return text
@@ -73,14 +82,19 @@ def tower(result: Result) -> list[str]:
             theirs, ours = (row["seconds"][key]["median"] * 1e3 for key in ("transformers sdpa", OURS))
             rows.append([patches, f"{theirs:.0f} ms", f"{ours:.0f} ms", f"{row['speedup']:.2f}x"])
         return table(["patches of the images", "transformers sdpa", OURS, "ratio"], rows)
-    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+    theirs = "transformers sdpa"
+    names = [n for n in dict.fromkeys(name for row in result["rows"] for name in row["seconds"]) if n != theirs]
     rows = []
     for row in result["rows"]:
-        times = [time(row["seconds"][name]["median"]) if name in row["seconds"] else "" for name in names]
-        best = min(value["median"] for name, value in row["seconds"].items() if name.startswith(OURS))
-        ratio = row["seconds"]["transformers sdpa"]["median"] / best
-        rows.append([plots.case_name(row), *times, f"{ratio:.2f}x", f"{100 * row['share_of_floor']:.0f} %"])
-    return table(["case", *names, "ratio", "of the floor"], rows)
+        seconds = {name: value["median"] for name, value in row["seconds"].items()}
+        cells = [
+            cell
+            for n in names
+            for cell in ((time(seconds[n]), f"{seconds[theirs] / seconds[n]:.2f}x") if n in seconds else ("", ""))
+        ]
+        rows.append([plots.case_name(row), time(seconds[theirs]), *cells, f"{100 * row['share_of_floor']:.0f} %"])
+    head = [cell for name in names for cell in (name, "ratio")]
+    return table(["case", theirs, *head, "of the floor"], rows)
 
 
 def attention(result: Result) -> list[str]:
@@ -235,8 +249,9 @@ def tables() -> dict[str, Callable[[], str]]:
 
 
 def _block(lines: list[str], results: list[Result], name: str) -> str:
+    notes = [line for result in results if "note" in result for line in ("", result["note"])]
     figures = [f"![{caption}]({path})" for path, caption in plots.figures(name)]
-    return "\n".join([*lines, "", *figures, *([""] if figures else []), *dict.fromkeys(map(source, results))])
+    return "\n".join([*lines, "", *figures, *([""] if figures else []), *sources(results), *notes])
 
 
 def render(texts: dict[str, str]) -> dict[str, str]:

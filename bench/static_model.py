@@ -77,6 +77,14 @@ MEASURED = {
     "mrope 72B": ("mrope", "M-RoPE 72B"),
     "merge": ("merge", "LayerNorm + merge"),
     "merge from raster order": ("merge", "LayerNorm + merge from raster order"),
+    "add layer norm 1280": ("norms", "add + LayerNorm 1280"),
+    "add rms norm 1536": ("norms", "add + RMSNorm 1536"),
+    "add rms norm 3584": ("norms", "add + RMSNorm 3584"),
+    "bias quick gelu": ("activations", "bias + quick_gelu 5120"),
+    "bias gelu": ("activations", "bias + gelu 5120"),
+    "swiglu 8960": ("activations", "swiglu 8960 (2B)"),
+    "swiglu 18944": ("activations", "swiglu 18944 (7B)"),
+    "patchify": ("patchify", "patchify"),
 }
 CLASSES = {
     "load": r"LDG|LDGSTS|UTMALDG", "store": r"STG|UTMASTG", "shared": r"LDS|STS|LDSM|STSM", "mma": r"HMMA|HGMMA",
