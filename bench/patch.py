@@ -3,7 +3,7 @@
     python -m bench.patch [--cases a f] [--repeats 5] [--parts] [--train] [--save]
 
 On a CUDA device the 2B model in bfloat16 on the cases of KERNELS.md; on a CPU its widths at depth 4 in float32, every side of
-an image halved. Errors are against the unpatched model in the next wider dtype.
+an image quartered. Errors are against the unpatched model in the next wider dtype.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def twin(model: nn.Module) -> nn.Module:
 def batch(grids: list[tuple[int, int]], text: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """One sequence of all the images and some text."""
     generator = torch.Generator().manual_seed(0)
-    half = 1 if cuda() else 2
-    grids = [(h // half, w // half) for h, w in grids]
+    if not cuda():
+        grids = [(h // 8 * 2, w // 8 * 2) for h, w in grids]
     ids = torch.randint(10, 3000, (text,), generator=generator).tolist()
     for h, w in reversed(grids):
         ids[:0] = [3003, *([IMAGE] * (h * w // 4)), 3004]
@@ -184,8 +184,8 @@ def training(model: nn.Module, patched: nn.Module, repeats: int, tell: Callable[
 def main(argv: list[str] | None = None) -> None:
     arguments = parser("patch", __doc__, repeats=10 if cuda() else 3)
     arguments.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    arguments.add_argument("--parts", action="store_true", help="each part alone, on the last case")
-    arguments.add_argument("--train", action="store_true", help="a training step too")
+    arguments.add_argument("--parts", action="store_true", help="each part alone, on the last case (always on a CUDA device)")
+    arguments.add_argument("--train", action="store_true", help="a training step too (always on a CUDA device)")
     options = arguments.parse_args(argv)
     model = build(None if cuda() else 4)
     patched = twin(model)
@@ -194,10 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = forwards(model, patched, own, options.cases, options.repeats, lambda text: say(options, text))
     say(options, str(report))
     parts = []
-    if options.parts:
+    if options.parts or cuda():
         inputs = batch(CASES[options.cases[-1]], TEXT, next(model.parameters()).dtype)
         parts = report.verify({**inputs, "use_cache": False, "logits_to_keep": 1}, repeats=options.repeats)
-    if options.train:
+    if options.train or cuda():
         rows += training(model, patched, options.repeats, lambda text: say(options, text))
     name = f"patch_{'cuda' if cuda() else 'cpu'}"
     publish(name, options, rows, ceilings=ceilings(), parts=parts, report=report.rows())
