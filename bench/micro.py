@@ -1,6 +1,6 @@
 """Design data for the Hopper attention kernel: builds bench/micro_sm90.cu, runs it, prints a table, writes JSON.
 
-    python -m bench.micro [--items wgmma tma] [--output bench/results/micro_sm90.json]
+    python -m bench.micro [--items wgmma tma] [--output bench/results/micro_cuda.json]
 
 Needs nvcc to build and a device of compute capability 9.0 to run; says which of the two is missing.
 """
@@ -22,7 +22,7 @@ import torch
 from bench.timing import RESULTS, environment
 
 SOURCE = Path(__file__).parent / "micro_sm90.cu"
-OUTPUT = RESULTS / "micro_sm90.json"
+OUTPUT = RESULTS / "micro_cuda.json"
 ITEMS = ("wgmma", "exp2", "beside", "operation", "skeleton", "tma", "loads", "bytes", "wait", "shared")
 
 
@@ -53,15 +53,14 @@ def measure(program: Path, item: str, seconds: float = 30.0) -> tuple[list[dict[
     return [row for row in rows if "error" not in row], failure
 
 
-def measure_all(program: Path, items: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """(the device, rows, failures). Each item has a process of its own: a kernel that fails takes no other item with it."""
-    device, rows, failures = {}, [], []
+def measure_all(program: Path, items: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, failures). Each item has a process of its own: a kernel that fails takes no other item with it."""
+    rows, failures = [], []
     for item in items:
         found, failure = measure(program, item)
-        device = found[0] if found else device
-        rows += found[1:]
+        rows += [row for row in found if "item" in row]
         failures += [f"{item}: {failure}"] if failure else []
-    return device, rows, failures
+    return rows, failures
 
 
 def line(row: dict[str, Any]) -> str:
@@ -90,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
             print("built micro_sm90.cu; no device of compute capability 9.0 here, so nothing was measured")
             return 0
-        device, rows, failures = measure_all(program, options.items)
+        rows, failures = measure_all(program, options.items)
     for row in rows:
         print(line(row))
     command = f"python -m bench.micro --items {' '.join(options.items)}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    data = {"environment": environment() | {"cuda": device}, "command": command, "failures": failures, "rows": rows}
+    data = {"environment": environment(), "command": command, "failures": failures, "rows": rows}
     options.output.write_text(json.dumps(data, indent=2) + "\n")
     print(options.output)
     wrong = [row["name"] for row in rows if not row["right"]]
