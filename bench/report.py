@@ -45,7 +45,9 @@ def source(result: Result) -> str:
     if "driver" in env:
         parts += [f"driver {' '.join(env['driver'])}", f"CUDA {env['cuda']}"]
     else:
-        parts.append(f"{env['threads']} threads")
+        parts.append(
+            f"{env['threads']} threads" + (f" (load average {env['load_average']})" if env.get("load_average") else "")
+        )
     parts += [f"torch {env['torch']}"]
     parts += [f"{name} {env[name]}" for name in ("transformers", "triton") if env.get(name, "not installed") != "not installed"]
     state = f"commit {env['commit']}" if env["commit"] != "no git checkout" else f"sources {env['sources']}"
