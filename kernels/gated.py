@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .offsets import blocks_of, offset, wide
+from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # as the activations of one tensor
 
@@ -59,9 +60,9 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[..., F] each -> [..., F], contiguous."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     a, b = _rows(gate), _rows(up)
-    if a.shape[0]:
-        with torch.cuda.device_of(gate):
-            _gated_kernel[_grid(*a.shape)](a, b, y, a.shape[0], a.stride(0), b.stride(0), F=a.shape[1], **_meta())
+    rows, width = a.shape
+    if rows:
+        start(_gated_kernel, _blocks(rows, width), (a, b, y), (rows,), (a.stride(0), b.stride(0)), _constants(width), NUM_WARPS)
     return y
 
 
@@ -69,20 +70,21 @@ def launch_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) ->
     """Gradients of gate and up."""
     grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     g, a, b = _rows(grad), _rows(gate), _rows(up)
-    if a.shape[0]:
-        with torch.cuda.device_of(gate):
-            _gated_backward_kernel[_grid(*a.shape)](
-                g, a, b, grad_gate, grad_up, a.shape[0], g.stride(0), a.stride(0), b.stride(0), F=a.shape[1], **_meta()
-            )
+    rows, width = a.shape
+    if rows:
+        start(
+            _gated_backward_kernel, _blocks(rows, width), (g, a, b, grad_gate, grad_up), (rows,),
+            (g.stride(0), a.stride(0), b.stride(0)), _constants(width), NUM_WARPS,
+        )  # fmt: skip
     return grad_gate, grad_up
 
 
-def _meta() -> dict[str, int]:
-    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F, "num_warps": NUM_WARPS}
+def _constants(width: int) -> dict[str, int]:
+    return {"F": width, "BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F}
 
 
-def _grid(rows: int, width: int) -> tuple[int]:
-    return (blocks_of(rows, BLOCK_T) * blocks_of(width, BLOCK_F),)
+def _blocks(rows: int, width: int) -> int:
+    return blocks_of(rows, BLOCK_T) * blocks_of(width, BLOCK_F)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

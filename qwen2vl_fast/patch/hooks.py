@@ -186,11 +186,11 @@ def parameters(function: Callable) -> tuple[str, ...]:
 def bare(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     """Whether module is exactly of this kind, without hooks, and its forward is its class's or ours."""
     own = module.__dict__
-    hooked = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or _global_hooks()
-    )  # fmt: skip
-    if hooked or not (type(module) is kind or isinstance(kind, tuple) and type(module) in kind):
+    if not (type(module) is kind or isinstance(kind, tuple) and type(module) in kind):
+        return False
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    if _global_hooks():
         return False
     return "forward" not in own or HOOKS in own and "_hf_hook" not in own and _is(module, "forward", own[HOOKS]["forward"])
 
@@ -220,8 +220,10 @@ def plain_linear(layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), of a plain Linear by the package's own product."""
-    return linear(x, layer.weight, layer.bias) if plain_linear(layer, x) else layer(x)
+    """layer(x), of a plain Linear on the CPU by the package's own product; elsewhere that is torch's."""
+    if x.device.type != "cpu" or not plain_linear(layer, x):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def activate(layer: nn.Module, x: torch.Tensor, function: Callable, backend: str | None) -> torch.Tensor:
