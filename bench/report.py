@@ -46,7 +46,8 @@ def source(result: Result) -> str:
         parts += [f"driver {' '.join(env['driver'])}", f"CUDA {env['cuda']}"]
     else:
         parts.append(
-            f"{env['threads']} threads" + (f" (load average {env['load_average']})" if env.get("load_average") else "")
+            f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
+            + (f" (load average {env['load_average']})" if env.get("load_average") else "")
         )
     parts += [f"torch {env['torch']}"]
     parts += [f"{name} {env[name]}" for name in ("transformers", "triton") if env.get(name, "not installed") != "not installed"]
