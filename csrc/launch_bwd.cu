@@ -22,10 +22,10 @@ void keys(const Args& args, int device, void* stream) {
 template <bool BF16, int D, bool ADD_DQ>
 void keys(const Args& args, int key_rows, int device, void* stream) {
   if (key_rows == 64) return keys<BF16, D, 1, ADD_DQ>(args, device, stream);
-  if constexpr (D <= 80) {
+  if constexpr (D <= 80 && !ADD_DQ) {  // with dq beside them 128 rows would spill
     if (key_rows == 128) return keys<BF16, D, 2, ADD_DQ>(args, device, stream);
   }
-  throw std::invalid_argument("key_rows: expected 64, or 128 up to D = 80, got " + std::to_string(key_rows));
+  throw std::invalid_argument("key_rows: expected 64, or 128 for two passes up to D = 80, got " + std::to_string(key_rows));
 }
 
 template <bool BF16, int D, int M_TILES>

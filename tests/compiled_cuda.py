@@ -1,0 +1,119 @@
+"""Reads the machine code of the extension's attention kernels: registers, local memory, the instructions of their main loops.
+
+`python -m tests.compiled_cuda` writes docs/cuda_registers.json, the table that tests/test_compiled_cuda.py holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.host import build
+from tests.test_package import cuobjdump
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "cuda_registers.json"
+EXTENSION = ROOT / "qwen2vl_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+# Of a multiprocessor: registers, bytes of shared memory, threads; bytes of it that a resident block costs besides its own.
+LIMITS = {"sm_80": (65536, 164 << 10, 2048, 1024), "sm_90a": (65536, 228 << 10, 2048, 1024)}
+INSTRUCTIONS = {
+    "mma": r"HMMA\.16816", "ex2": r"MUFU\.EX2", "ldmatrix": r"LDSM\.16\.MT?88\.4", "copy 16": r"LDGSTS\.E\.\S*128",
+    "ffma": r"FFMA", "fmul": r"FMUL", "fmnmx": r"FMNMX", "shuffle": r"SHFL", "barrier": r"BAR\.SYNC", "red": r"RED\.|REDG",
+}  # fmt: skip
+WORDS = {"bf16": "true", "fp16": "false", "add dq": "true", "two passes": "false"}  # of a kernel's name, in C++
+FAMILIES = r"(ForwardSm80|BackwardKeys|BackwardQueries|RowSums|RoundDq|BuildTiles)"
+
+
+def kernel_name(mangled: str) -> str | None:
+    """'ForwardSm80<bf16, 80, 2>' of an entry point's symbol, None for other kernels."""
+    found = re.search(rf"entryINS_\d+{FAMILIES}(I(?:L[bi]\d+E)+)?E", mangled)
+    if found is None:
+        return None
+    values = re.findall(r"L([bi])(\d+)E", found[2] or "")
+    if not values:
+        return found[1]
+    words = ["bf16" if values[0][1] == "1" else "fp16"]
+    words += [("add dq" if v == "1" else "two passes") if kind == "b" else v for kind, v in values[1:]]
+    return f"{found[1]}<{', '.join(words)}>"
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The instructions of the smallest loop that holds half of all matrix products; none for a kernel without any."""
+    products = sum("HMMA" in text for _, text in code)
+    loops = []
+    for address, text in code:
+        jump = re.search(r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [t for a, t in code if int(jump[1], 16) <= a <= address]
+            if products and 2 * sum("HMMA" in t for t in body) >= products:
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def shared_bytes() -> dict[str, tuple[int, int]]:
+    """kernel -> (threads, dynamic shared memory), as the sources say."""
+    instances = sorted({name for names in _functions(("-res-usage",)).values() for name in names})
+    lines = []
+    for name in instances:
+        family, _, rest = name.partition("<")
+        words = [WORDS.get(word, word) for word in rest[:-1].split(", ")]
+        kernel = f"{family}<{', '.join(words)}>" if rest else family
+        lines.append(f'  std::printf("%d %d\\n", {kernel}::THREADS, {kernel}::SMEM);')
+    headers = ("<cstdio>", '"fwd_sm80.cuh"', '"bwd_sm80.cuh"', '"tiles.cuh"')
+    source = "\n".join([*(f"#include {h}" for h in headers), "using namespace qwen2vl_fast;", "int main() {", *lines, "}"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sizes")
+        command = [build.compiler(), "-std=c++17", "-O1", "-w", f"-I{build.CSRC}", "-x", "c++", "-", "-o", path]
+        subprocess.run(command, input=source, text=True, check=True)
+        printed = subprocess.run([path], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: tuple(map(int, line.split())) for name, line in zip(instances, printed, strict=True)}
+
+
+def _functions(flags: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """arch -> kernel -> what cuobjdump prints of it."""
+    text = subprocess.run([cuobjdump(), *flags, EXTENSION], capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[str, str]] = {}
+    arch = name = None
+    for line in text.splitlines():
+        if header := re.search(r"arch = (sm_\w+)", line):
+            arch, name = header[1], None
+        elif header := re.match(r"\s*Function\s*:?\s*(\S+?):?$", line):
+            name = kernel_name(header[1])
+        elif name is not None:
+            found.setdefault(arch, {}).setdefault(name, "")
+            found[arch][name] += line + "\n"
+    return found
+
+
+def table() -> dict[str, Any]:
+    """Everything that docs/cuda_registers.json holds."""
+    from qwen2vl_fast import _C
+
+    usage, code, sizes = _functions(("-res-usage",)), _functions(("-sass",)), shared_bytes()
+    rows: dict[str, Any] = {}
+    for arch, names in sorted(code.items()):
+        registers, shared, threads, reserve = LIMITS[arch]
+        for name, text in sorted(names.items()):
+            number = {key: int(re.search(rf"{key}:(\d+)", usage[arch][name])[1]) for key in ("REG", "STACK", "LOCAL")}
+            lines = [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+            loop = main_loop(lines)
+            count, dynamic = sizes[name]
+            by_registers = registers // (-(-number["REG"] // 8) * 8 * count)
+            resident = min(by_registers, threads // count, shared // (dynamic + reserve))
+            everything = "\n".join(t for _, t in lines)
+            rows.setdefault(name, {})[arch] = {
+                "registers": number["REG"], "stack": number["STACK"] + number["LOCAL"],
+                "local": len(re.findall(r"\b(?:LDL|STL)\b", everything)), "shared": dynamic, "blocks": resident,
+                "stores 16": len(re.findall(r"\bSTG\.E\.128", everything)), "loop": len(loop),
+                **{key: sum(bool(re.search(rf"\b(?:{p})", t)) for t in loop) for key, p in INSTRUCTIONS.items() if loop},
+            }  # fmt: skip
+    return {"cuda": _C.build_info()["cuda_version"], "kernels": rows}
+
+
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps(table(), indent=1) + "\n")

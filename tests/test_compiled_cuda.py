@@ -1,0 +1,67 @@
+"""The machine code of the extension's attention kernels, as the build left it, read without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen2vl_fast.ops.backends import extension_error
+from tests.compiled_cuda import TABLE, main_loop, table
+
+pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
+# Products of one turn of the main loop: a warp's rows (M_TILES * 16) and a step's rows as tiles of 16 x 8, over D / 16 or over
+# STEP / 16 by D / 8; two of them in the forward, four for dk and dv, one more for dq beside them, three for dq alone.
+PRODUCTS = {"ForwardSm80": 2, "BackwardKeys": 4, "BackwardQueries": 3}
+
+
+def problems(name: str, row: dict) -> list[str]:
+    """What the machine code has that it must not have."""
+    found = [f"{row[key]} {key}" for key in ("stack", "local") if row[key]]
+    if row["blocks"] < 1:
+        found.append("no block fits a multiprocessor")
+    family = name.split("<")[0]
+    if family in PRODUCTS:
+        if row["stores 16"] == 0:
+            found.append("results are not stored in 16-byte pieces")
+        if row["copy 16"] == 0 or row["ldmatrix"] == 0:
+            found.append("no copies of 16 bytes, or no ldmatrix")
+        if row["mma"] < 64:
+            found.append(f"{row['mma']} products in the main loop")
+    return found
+
+
+def test_machine_code_is_as_recorded():
+    """docs/cuda_registers.json holds for its release of nvcc exactly; for others, the limits alone do."""
+    found, recorded = table(), json.loads(TABLE.read_text())
+    assert set(found["kernels"]) == set(recorded["kernels"]), "run python -m tests.compiled_cuda"
+    for name, archs in found["kernels"].items():
+        for arch, row in archs.items():
+            assert problems(name, row) == [], f"{name} {arch}: {row}"
+            if found["cuda"] == recorded["cuda"]:
+                assert row == recorded["kernels"][name][arch], f"{name} {arch}: run python -m tests.compiled_cuda"
+
+
+def test_products_are_those_that_the_algorithm_needs():
+    """No more than the shapes ask for: 80 is computed as 80, and nothing is computed twice."""
+    for name, archs in table()["kernels"].items():
+        family, _, words = name.rstrip(">").partition("<")
+        if family not in PRODUCTS:
+            continue
+        _, dim, m_tiles, *rest = words.split(", ")
+        step = int(rest[0]) if rest else (64 if int(dim) <= 80 else 32)
+        products = PRODUCTS[family] * int(m_tiles) * step * int(dim) // 128
+        if rest[1:] == ["add dq"]:
+            products += int(m_tiles) * step * int(dim) // 128
+        for arch, row in archs.items():
+            assert row["mma"] == products, f"{name} {arch}: {row['mma']} products, expected {products}"
+            if family == "ForwardSm80":
+                # Every score, and for each row the rescaling of its sums.
+                assert row["ex2"] == int(m_tiles) * (step // 2 + 2), f"{name} {arch}: {row['ex2']}"
+
+
+def test_the_main_loop_is_found():
+    """The innermost loop with most of the products, not the loop over tiles around it."""
+    code = [(0, "MOV"), (16, "LDSM"), *((32 + 16 * i, "HMMA.16816") for i in range(4)), (96, "@P0 BRA 0x10"), (112, "BRA 0x0")]
+    assert main_loop(code)[0] == "LDSM" and len(main_loop(code)) == 6
+    assert main_loop([(0, "MOV"), (16, "BRA 0x0")]) == []
