@@ -225,8 +225,8 @@ def block_rows(lengths: Sequence[int], heads: int, head_dim: int, capability: tu
 def _hopper_microseconds(lengths: Sequence[int], heads: int, rows: int) -> float:
     """Time of the busiest of an H100's 132 multiprocessors, each of which takes every 132nd tile, longest first.
 
-    Fitted to measurements: a tile of 192 rows costs 1.6 microseconds and 1.30 for each block of 96 keys. That one of 128 rows takes
-    1.10 a block is an estimate from blocks of 128 keys, which take 1.36.
+    Fitted to measurements: a tile of 192 rows costs 1.6 microseconds and 1.30 for each block of 96 keys. That one of 128 rows
+    takes 1.10 a block is an estimate from blocks of 128 keys, which take 1.36.
     """
     block = {192: 1.30, 128: 1.10}[rows]
     longest = torch.tensor(lengths, dtype=torch.int64).sort(descending=True).values

@@ -49,8 +49,10 @@ def define(
 
 @functools.cache
 def _installed(package: str) -> bool:
-    """Looked up once: each look goes through all of sys.path."""
-    return importlib.util.find_spec(package) is not None
+    """Looked up once: each look goes through all of sys.path. A folder that another package brings along (FlashAttention-4 puts
+    its own into flash_attn) has no origin."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 @functools.cache
