@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 
 from qwen2vl_fast import ops
-from qwen2vl_fast.ops import attention
+from qwen2vl_fast.ops import attention, gated  # noqa: F401 -- gated is registered when patch asks for it
 from qwen2vl_fast.ops.backends import BACKENDS, OPS, check_backend, choose, using
 from qwen2vl_fast.reference import inverse_frequencies
 from tests.compare import same_bits
@@ -54,6 +54,8 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "quick_gelu": [(leaf(3, 8), leaf(8)), (leaf(3, 8), None)],
         "gelu": [(leaf(3, 8), leaf(8)), (leaf(8, 3).T, None)],
         "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
+        "gated": [(leaf(3, 8), leaf(3, 8)), (leaf(2, 3, 8), leaf(2, 3, 8))],
+        "gated_backward": [tuple(randn(3, 8, seed=seed, device=device) for seed in range(3))],
         "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), whole(1, 2, 4).view(1, 3), 1e-6)],
         **dict.fromkeys(("norm_backward", "activation_backward", "swiglu_backward"), []),  # kernels alone: tests/interpreted
         "varlen_attention": [

@@ -231,8 +231,8 @@ print(json.dumps([extension.__file__, extension.build_info(), found]))
     assert re.fullmatch(r"cudaGetDeviceCount: .+ \(cudaError\w+\)", seen[2])
 
     dump = run(cuobjdump(), "--list-elf", "--list-ptx", binary, cwd=cwd)
-    assert sorted(re.findall(r"\.(sm_\w+)\.cubin", dump)) == info["architectures"]
-    assert sorted(re.findall(r"\.sm_(\w+)\.ptx", dump)) == [ptx.removeprefix("compute_") for ptx in info["ptx"]]
+    assert sorted({*re.findall(r"\.(sm_\w+)\.cubin", dump)}) == info["architectures"]
+    assert sorted({*re.findall(r"\.sm_(\w+)\.ptx", dump)}) == [ptx.removeprefix("compute_") for ptx in info["ptx"]]
 
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "--dynamic", binary, cwd=cwd))
     assert needed and not [name for name in needed if re.search("cuda|torch|c10", name)]
