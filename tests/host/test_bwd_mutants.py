@@ -46,7 +46,7 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
         B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
         check_values),
     "the group's first head for all": (
-        B, "head = tile.head * (p.H / p.Hk) + step / steps;", "head = tile.head * (p.H / p.Hk);", check_values),
+        B, "head = tile.head * quotient(p.H, p.Hk) + past;", "head = tile.head * quotient(p.H, p.Hk);", check_values),
     "causal mask of dk one too far": (
         B, "i * 16 + half * 8 > end) s", "i * 16 + half * 8 > end + 1) s", check_values),
     "mask of dk left out too early": (
