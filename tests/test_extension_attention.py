@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import random
 import re
 import sys
@@ -47,6 +48,44 @@ def test_tiles(causal):
             tiles = positions.attention_tiles(bounds, 3, rows, causal)
             assert tiles.dtype == torch.int32 and tiles.shape[1:] == (8,)
             check_tiles(lengths, 3, rows, causal, tiles)
+
+
+def spans(tiles: torch.Tensor, workers: int) -> torch.Tensor:
+    """What each of the workers takes, in the units of positions.dealt_tiles."""
+    cost = torch.where(tiles[:, 1] > 0, 16 + 13 * -(-tiles[:, 3].long() // 96), 0)
+    return torch.zeros(workers, dtype=torch.int64).index_add(0, torch.arange(len(cost)) % workers, cost)
+
+
+@pytest.mark.parametrize("workers", [1, 50, 132])
+def test_dealt_tiles_go_to_whoever_is_free_first(workers):
+    """The same tiles, as even as dealing them one by one (a heap is the judge) wherever the order that comes is not."""
+    rng = random.Random(workers)
+    packs = [(5184, *3 * (1296,), *8 * (640,), *16 * (256,)), (), (0, 0), (1,), (4096, 64), (900,) * 30]
+    packs += [[rng.choice((1, 95, 200, 640, 1500, 9000)) for _ in range(rng.randint(1, 60))] for _ in range(20)]
+    uneven = 0
+    for lengths in packs:
+        tiles = positions.attention_tiles(torch.tensor(bounds_of(lengths), dtype=torch.int32), 4, 192, False)
+        dealt = positions.dealt_tiles(tiles, workers)
+        if dealt is not tiles:
+            uneven += 1
+            assert dealt.dtype == torch.int32 and len(dealt) % workers == 0
+            heap = [0] * workers
+            for cost in (16 + 13 * -(-tiles[:, 3].long() // 96)).tolist():
+                heapq.heapreplace(heap, heap[0] + cost)
+            assert sorted(spans(dealt, workers).tolist()) == sorted(heap)
+            # Every worker has its tiles longest first, the empty ones last.
+            keys = torch.where(dealt[:, 1] > 0, dealt[:, 3], -1).view(-1, workers)
+            assert (keys.diff(dim=0) <= 0).all()
+        real = dealt[dealt[:, 1] > 0]
+        assert sorted(real.tolist()) == sorted(tiles.tolist())
+    assert (uneven > 0) == (workers > 1)
+
+
+def test_the_mixed_pack_is_even_on_a_hopper():
+    lengths = (5184, *3 * (1296,), *8 * (640,), *16 * (256,))  # case (f)
+    tiles = positions.attention_tiles(torch.tensor(bounds_of(lengths), dtype=torch.int32), 16, 192, False)
+    before, after = (int(spans(x, 132).max()) for x in (tiles, positions.dealt_tiles(tiles, 132)))
+    assert before > 1.1 * after and after < 1.01 * int(spans(tiles, 1).sum()) / 132
 
 
 def test_block_rows_depend_on_the_work():

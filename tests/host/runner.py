@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen2vl_fast.positions import dealt_tiles
 from tests.compare import bounds_of, guard
 
 
@@ -87,6 +88,7 @@ class Kernel:
     seed: int = 0
     races: bool = True
     options: tuple[int, ...] = field(default=())
+    dealt: bool = False  # tiles in the order that positions.dealt_tiles gives for this grid
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None,
@@ -95,6 +97,8 @@ class Kernel:
         lengths = cu_seqlens.diff().tolist()
         keys = lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
         work = tiles(lengths, keys, q.shape[1], self.rows, causal)
+        if self.dealt:
+            work = dealt_tiles(work, self.grid)
         heads, total = q.shape[1], q.shape[0]
         o = guard(q.new_full(q.shape, torch.nan), strided=True)
         lse = guard(torch.full((heads, total), torch.nan), strided=False)

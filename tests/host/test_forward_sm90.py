@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl_fast.positions import dealt_tiles
 from tests.compare import same_bits
 from tests.host import build
 from tests.host.cases import BF16, FP16, Case, check_alone, check_isolation, check_rule, check_schedules, drawn
 from tests.host.planted import sanitized
-from tests.host.runner import Kernel
+from tests.host.runner import Kernel, tiles
 from tests.host.test_forward_sm80 import NAMED, SEEDS
 
 SHAPES = [(80, 192), (80, 128), (64, 128), (128, 128)]  # head dim, rows of a tile: what launch_sm90.cu launches
@@ -112,6 +113,16 @@ def test_one_block_or_many(library, dim, rows):
     call = Case((65, 70, 3, 200), dim=dim).call()
     one, many = (kernel(library, rows, grid=grid)(**call.tensors, **call.rest) for grid in (1, 40))
     assert all(map(same_bits, one, many))
+
+
+@shapes
+def test_dealt_lists(library, dim, rows):
+    """A list with entries of no rows among its tiles and at its end writes what the list as it comes writes."""
+    case = Case((64, *6 * (40,)), keys=(1200, *6 * (40,)), heads=1, dim=dim)
+    call, work = case.call(), tiles(case.lengths, case.key_lengths, 1, rows, False)
+    assert (dealt_tiles(work, 2)[:-2, 1] == 0).any(), "no entry of no rows before the last round"
+    came, dealt = (kernel(library, rows, grid=2, dealt=x)(**call.tensors, **call.rest) for x in (False, True))
+    assert all(map(same_bits, came, dealt))
 
 
 def test_sanitized(library, tmp_path):
