@@ -8,9 +8,9 @@
 // first one processed has a mask, unless the tile is causal. docs/hopper.md has the counts.
 #pragma once
 
-#include <cmath>
-
+#include "chosen_sm90.cuh"
 #include "layout_sm90.cuh"
+#include "softmax_sm90.cuh"
 #include "varlen_attention.h"
 #include "wgmma.cuh"
 
@@ -18,13 +18,15 @@ namespace qwen2vl_fast {
 
 struct ForwardSm90Args {
   VarlenAttention problem;
-  // [tokens, heads, D] as {D, tokens, heads}; a box is 64 (wide) or 16 (narrow) columns of all rows of a block.
+  // [tokens, heads, D] as {D, tokens, heads}; a box is 64 (wide) or 16 (narrow) columns of all rows of a block. v has one kind.
   TensorMap q_wide, q_narrow, k_wide, k_narrow, v;
   float scale_log2;  // scale * log2(e)
   uint32_t zero;     // 0, which the compiler can't know
 };
 
-template <bool BF16, int D, int ROWS, int KEYS, int STAGES, bool CAUSAL>
+// Options: TURNS, warpgroups issue their products one after the other, else all would multiply at once and then exponentiate at once;
+// POLYNOMIAL, of 16 exponentials, and REFERENCE: softmax_sm90.cuh; NARROW, q, k and v as groups of 16 columns only.
+template <bool BF16, int D, int ROWS, int KEYS, int STAGES, bool CAUSAL, class Options = ChosenSm90>
 struct ForwardSm90 {
   static constexpr int CONSUMERS = ROWS / 64;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
@@ -33,9 +35,10 @@ struct ForwardSm90 {
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
   static_assert(CONSUMERS == 2 || CONSUMERS == 3);
 
-  using QLayout = Layout<D, ROWS, false>;
-  using KLayout = Layout<D, KEYS, false>;
-  using VLayout = Layout<D, KEYS, true>;
+  using QLayout = Layout<D, ROWS, Options::NARROW ? 0 : D / 64>;
+  using KLayout = Layout<D, KEYS, Options::NARROW ? 0 : D / 64>;
+  using VLayout = Layout<D, KEYS, Options::NARROW ? 0 : (D + 63) / 64>;  // one kind of group: n64 + n16 takes longer than n80
+  static constexpr int V_ROW = VLayout::WIDE > 0 ? 128 : 32;  // bytes
 
   // Shared memory, in bytes from a multiple of 1024 on (the period of the 128-byte swizzle).
   static constexpr int SLOTS = 2;  // tiles whose Q is there
@@ -55,7 +58,8 @@ struct ForwardSm90 {
 
   static constexpr int TURN = 1;  // the first of CONSUMERS named barriers
 
-  using Scores = float[KEYS / 2];
+  using Softmax = SoftmaxSm90<BF16, KEYS, Options>;
+  using Scores = typename Softmax::Scores;
   using Output = float[D / 2];
   using Probabilities = uint32_t[KEYS / 16][4];
 
@@ -181,7 +185,8 @@ struct ForwardSm90 {
         mbarrier_wait(smem + V_TAIL + 8 * stage, parities >> stage & 1);
         parities ^= 1u << stage;
         const uint32_t v = smem + V + stage * VLayout::STRIDE;
-        for (int group = 0; group < VLayout::WIDE; ++group) zero(v + group * KEYS * 128 + valid * 128, (KEYS - valid) * 128);
+        for (int group = 0; group < VLayout::WIDE + VLayout::NARROW; ++group)
+          zero(v + (group * KEYS + valid) * V_ROW, (KEYS - valid) * V_ROW);
         fence_proxy_async();
         warp_barrier();
         if (thread_index() % 32 == 0) mbarrier_arrive(smem + V_FULL + 8 * stage);
@@ -209,22 +214,21 @@ struct ForwardSm90 {
     Softmax state;
     state.begin();
 
-    if (warpgroup == CONSUMERS - 1) named_barrier_arrive(TURN, 256);
+    if (Options::TURNS && warpgroup == CONSUMERS - 1) named_barrier_arrive(TURN, 256);
     Work work = next_tile(args, smem, slot, row);
     if (work.rows == 0) return;
     int block = key_blocks(work.keys) - 1;
 
-    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one. Warpgroups issue them in
-    // turn: else all would multiply at once and then exponentiate at once.
+    // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
     auto products = [&] {
       mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
-      named_barrier_wait(TURN + warpgroup, 256);
+      if (Options::TURNS) named_barrier_wait(TURN + warpgroup, 256);
       wgmma_fence();
       scores(s, smem, slot.at, k.at, warpgroup);
       wgmma_commit();
       accumulate(o, p, smem, v.at);
       wgmma_commit();
-      named_barrier_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
+      if (Options::TURNS) named_barrier_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
       wgmma_wait<1>();
     };
     auto release_k = [&] {
@@ -251,7 +255,7 @@ struct ForwardSm90 {
     clear(o);
     mask(s, work, row, block);
     float factor[2];
-    exponentiate_exactly(s, state, scale, factor);
+    state.exponentiate_exactly(s, scale, factor);
     pack_all(p, s);
     mbarrier_wait(smem + V_FULL + 8 * v.at, v.parity);
 
@@ -262,20 +266,24 @@ struct ForwardSm90 {
         products();
         const bool masked = CAUSAL && (block + 1) * KEYS > first_masked(work, warpgroup);
         if (masked) mask(s, work, row, block);
-        const float before[2] = {state.sum[0], state.sum[1]};
-        exponentiate(s, state, scale);
-        finish();
-        pack_all(p, s);
-        // Rows that are not this tile's may hold anything and must not decide how its rows are rounded.
-        const bool outgrown = ((row < work.rows) & !(state.sum[0] - before[0] <= LIMIT)) |
-                              ((row + 8 < work.rows) & !(state.sum[1] - before[1] <= LIMIT));
-        if (any(outgrown)) {
-          state.sum[0] = before[0];
-          state.sum[1] = before[1];
-          scores_of_warp(s, smem, slot.at, k.at, warpgroup);
-          if (masked) mask(s, work, row, block);
-          exponentiate_exactly(s, state, scale, factor);
-          rescale(o, factor);
+        if constexpr (Options::REFERENCE == Reference::FIRST) {
+          const float before[2] = {state.sum[0], state.sum[1]};
+          state.exponentiate(s, scale);
+          finish();
+          pack_all(p, s);
+          if (any_row(work, row, !(state.sum[0] - before[0] <= Softmax::LIMIT), !(state.sum[1] - before[1] <= Softmax::LIMIT))) {
+            state.sum[0] = before[0];
+            state.sum[1] = before[1];
+            scores_of_warp(s, smem, slot.at, k.at, warpgroup);
+            if (masked) mask(s, work, row, block);
+            state.exponentiate_exactly(s, scale, factor);
+            rescale(o, factor);
+            pack_all(p, s);
+          }
+        } else {
+          state.exponentiate_exactly(s, scale, factor);
+          finish();
+          if (Options::REFERENCE == Reference::ALWAYS || any_row(work, row, factor[0] != 1.0f, factor[1] != 1.0f)) rescale(o, factor);
           pack_all(p, s);
         }
         release_k();
@@ -291,7 +299,7 @@ struct ForwardSm90 {
       state.begin();
       mask(s, ahead, row, block);
       release_k();
-      exponentiate_exactly(s, state, scale, factor);
+      state.exponentiate_exactly(s, scale, factor);
       finish();
       store(args, work, row, o, done);
       work = ahead;
@@ -319,15 +327,10 @@ struct ForwardSm90 {
     }
   }
 
-  // Of a thread's two rows: the reference that exponents are taken from, scale * log2(e) included, and this thread's share of the sum
-  // of exponentials.
-  struct Softmax {
-    float top[2], sum[2];
-    DEV void begin() {
-      top[0] = top[1] = -INFINITY;
-      sum[0] = sum[1] = 0.0f;
-    }
-  };
+  // Whether some row of the warp says so. Rows that are not this tile's may hold anything and must not decide how its rows are rounded.
+  static DEV bool any_row(const Work& work, int row, bool first, bool second) {
+    return any(((row < work.rows) & first) | ((row + 8 < work.rows) & second));
+  }
 
   static DEV void clear(Output& o) {
 #pragma unroll
@@ -350,7 +353,7 @@ struct ForwardSm90 {
     const uint32_t v = (smem + V + stage * VLayout::STRIDE) >> 4;
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step)
-      WgmmaRegisters<BF16, D>::run(o, p[step], (v | (KEYS * 128 >> 4 << 16)) + step * (16 * 128 >> 4), VLayout::WIDE_HIGH);
+      WgmmaRegisters<BF16, D>::run(o, p[step], (v | (KEYS * V_ROW >> 4 << 16)) + step * (16 * V_ROW >> 4), VLayout::high(0));
   }
 
   // Key blocks that end beyond this have keys that some row of the warpgroup doesn't see.
@@ -364,45 +367,6 @@ struct ForwardSm90 {
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i)
       if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY;
-  }
-
-  // Softmax needs no maximum, only a reference that keeps the exponentials in range: floating point is as exact at 2^40 as at 1.
-  // So a row's reference is the maximum of its first key block, and stays. A block whose sum of exponentials breaks LIMIT, or is a NaN
-  // (rows without keys so far have the reference -inf), is computed again with its maximum. float16 holds P to 2^16 only.
-  static constexpr float LIMIT = BF16 ? 1099511627776.0f : 32768.0f;  // 2^40, 2^15
-
-  // s -> 2^(scale s - top).
-  static DEV void exponentiate(Scores& s, Softmax& state, float scale) {
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) {
-      s[i] = exp2_fast(fmaf(s[i], scale, -state.top[i / 2 % 2]));
-      state.sum[i / 2 % 2] += s[i];
-    }
-  }
-
-  // The same with a new reference where the maximum is 2^8 times beyond the old one; what was accumulated before is then to be multiplied
-  // by `factor`.
-  static DEV void exponentiate_exactly(Scores& s, Softmax& state, float scale, float (&factor)[2]) {
-    float shift[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = s[2 * r];
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; i += 4) most = fmaxf(most, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-      most = fmaxf(most, shuffle_xor(most, 1));
-      most = fmaxf(most, shuffle_xor(most, 2)) * scale;
-      const float before = state.top[r];
-      const bool grows = !(most - before <= 8.0f) && most != -INFINITY;
-      state.top[r] = grows ? most : before;
-      factor[r] = grows ? exp2_fast(before - most) : 1.0f;
-      state.sum[r] *= factor[r];
-      shift[r] = state.top[r] == -INFINITY ? 0.0f : state.top[r];
-    }
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) {
-      s[i] = exp2_fast(fmaf(s[i], scale, -shift[i / 2 % 2]));
-      state.sum[i / 2 % 2] += s[i];
-    }
   }
 
   // S of one warp's 16 rows by its own products: a warpgroup product would need all four warps. Same layout.
@@ -496,5 +460,16 @@ struct ForwardSm90 {
     }
   }
 };
+
+// Calls run(kernel) with the kernel (an empty struct) for a head dim and the rows of a tile; false where there is none. Both sizes at
+// D = 80 take as many keys a block: the bits of a segment must not depend on the pack that the size was chosen for.
+template <bool BF16, bool CAUSAL, class Run>
+bool choose_forward_sm90(int D, int rows, Run run) {
+  if (D == 80 && rows == 192) return run(ForwardSm90<BF16, 80, 192, ChosenSm90::KEYS, ChosenSm90::STAGES, CAUSAL>{}), true;
+  if (D == 80 && rows == 128) return run(ForwardSm90<BF16, 80, 128, ChosenSm90::KEYS, ChosenSm90::STAGES, CAUSAL>{}), true;
+  if (D == 64 && rows == 128) return run(ForwardSm90<BF16, 64, 128, 128, 3, CAUSAL>{}), true;
+  if (D == 128 && rows == 128) return run(ForwardSm90<BF16, 128, 128, 128, 2, CAUSAL>{}), true;
+  return false;
+}
 
 }  // namespace qwen2vl_fast

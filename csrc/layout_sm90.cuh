@@ -5,13 +5,13 @@
 
 namespace qwen2vl_fast {
 
-// How [rows, D] lies in shared memory: first groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of 16
-// columns with the 32-byte swizzle. 160-byte rows fit no wider swizzle as a whole; PAD fills the last wide group with zeros instead.
-template <int D, int ROWS_, bool PAD>
+// How [rows, D] lies in shared memory: first WIDE groups of 64 columns, each [rows, 64] with the 128-byte swizzle, then groups of 16
+// columns with the 32-byte swizzle. 160-byte rows fit no wider swizzle as a whole; a last wide group beyond D is filled up with zeros.
+template <int D, int ROWS_, int WIDE_>
 struct Layout {
   static constexpr int ROWS = ROWS_;
-  static constexpr int WIDE = PAD ? (D + 63) / 64 : D / 64;
-  static constexpr int NARROW = PAD ? 0 : D % 64 / 16;
+  static constexpr int WIDE = WIDE_;
+  static constexpr int NARROW = WIDE * 64 < D ? (D - WIDE * 64) / 16 : 0;
   static constexpr int BYTES = ROWS * (128 * WIDE + 32 * NARROW);
   static constexpr int STRIDE = (BYTES + 1023) / 1024 * 1024;  // the 128-byte swizzle repeats after 1024 bytes
   static constexpr int NARROW_OFFSET = ROWS * 128 * WIDE;

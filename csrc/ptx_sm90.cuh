@@ -191,4 +191,23 @@ DEV uint32_t float_bits(float x) {
 #endif
 }
 
+DEV float float_of_bits(uint32_t x) {
+#ifdef __CUDACC__
+  return __uint_as_float(x);
+#else
+  return host::bits_float(x);
+#endif
+}
+
+// x between low and high; a NaN stays one.
+DEV float clamp_or_nan(float x, float low, float high) {
+#ifdef __CUDACC__
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+  return x;
+#else
+  return x < low ? low : x > high ? high : x;
+#endif
+}
+
 }  // namespace qwen2vl_fast

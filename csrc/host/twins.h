@@ -48,6 +48,7 @@ uint32_t pack(float low, float high, bool bf16);
 void unpack(float& low, float& high, uint32_t x, bool bf16);
 float exp2_fast(float x);
 uint32_t float_bits(float x);
+float bits_float(uint32_t bits);
 float bits_float(uint32_t x);
 
 // Hopper.
