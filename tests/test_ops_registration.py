@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +99,93 @@ def test_every_registered_op_is_checked():
 def test_opcheck(name, device):
     for arguments in raw_calls(device)[name]:
         torch.library.opcheck(getattr(torch.ops.qwen2vl_fast, name).default, arguments)
+
+
+def direct_calls() -> dict[str, Callable]:
+    """What ops call: past torch's dispatcher where nobody has to see it."""
+    modules = [value for name, value in sys.modules.items() if name.startswith("qwen2vl_fast.ops.")]
+    found = [value for module in modules for value in vars(module).values() if hasattr(value, "registered")]
+    return {call.registered.name().split("::")[1].split(".")[0]: call for call in found}
+
+
+def test_every_registered_op_has_a_call_past_the_dispatcher():
+    assert direct_calls().keys() == registered()
+
+
+def copies(arguments: tuple, schema) -> list:
+    """All arguments, those left out at their defaults; tensors are leaves of their own."""
+    given = [*arguments, *(argument.default_value for argument in schema.arguments[len(arguments) :])]
+    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in given]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_a_call_past_the_dispatcher_is_the_registered_op(name, grad, device):
+    """The same bits, also of what is written in place, and the same gradients."""
+    direct = direct_calls()[name]
+    for arguments in raw_calls(device)[name]:
+        found = []
+        for call in (direct, direct.registered):
+            given = copies(arguments, direct.registered._schema)
+            tensors = [x for x in given if isinstance(x, torch.Tensor)]
+            with torch.set_grad_enabled(grad):
+                outputs = call(*given)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs or ())
+            ends, leaves = [x for x in outputs if x.requires_grad], [x for x in tensors if x.requires_grad]
+            assert grad or not ends
+            gradients = torch.autograd.grad([x.sum() for x in ends], leaves, allow_unused=True) if ends and leaves else ()
+            found.append([*outputs, *tensors, *gradients])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs)), name
+            assert ours is None or ours.requires_grad == theirs.requires_grad, name
+
+
+def test_who_has_to_see_an_op_sees_it():
+    """Modes, subclasses of tensors, transforms and profilers; a plain call goes past the dispatcher."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, weight = randn(4, 8), randn(8)
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Marked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    def run(x=x):
+        return ops.rms_norm(x, weight, eps=1e-6)
+
+    with Watching():
+        run()
+    assert "qwen2vl_fast.rms_norm.default" in seen
+    seen.clear()
+    run(x.as_subclass(Marked))
+    assert "qwen2vl_fast.rms_norm.default" in seen
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert type(ops.rms_norm(fake, mode.from_tensor(weight), eps=1e-6)) is type(fake)
+    with torch.profiler.profile() as profile:
+        run()
+    assert any(event.name == "qwen2vl_fast::rms_norm" for event in profile.events())
+    assert torch.equal(torch.func.vmap(run)(x[None])[0], run())
+
+
+def test_a_plain_call_goes_past_the_dispatcher(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise AssertionError(f"{self} went through the dispatcher")
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", refuse)
+    x, weight = randn(4, 8).requires_grad_(), randn(8)
+    ops.rms_norm(x, weight, eps=1e-6).sum().backward()
+    with torch.no_grad():
+        ops.swiglu(x)
 
 
 @pytest.mark.parametrize("op", GRADCHECK)
@@ -246,7 +335,8 @@ def test_unknown_backend():
 
 @pytest.fixture
 def simulated_device(monkeypatch):
-    """A machine that says it has a CUDA device, and a process that was not warned yet."""
+    """A machine that says it has a CUDA device, and a process that chose and warned of nothing yet."""
+    monkeypatch.setattr(module, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module, "_warned", False)
 
@@ -295,6 +385,7 @@ def test_the_fastest_is_chosen(simulated_device, monkeypatch):
         warnings.simplefilter("error")
         assert choose("varlen_attention", None, CUDA) == "cuda"
     monkeypatch.setattr(module, "unusable", lambda op, name, device=None: None if name in ("torch", "triton") else "no")
+    monkeypatch.setattr(module, "_chosen", {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose("mrope", None, CUDA) == "triton"

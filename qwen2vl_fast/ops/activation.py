@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -51,11 +52,20 @@ def swiglu(gate_up, *, backend: str | None = None):
 
 
 def _check(op: str, x, bias, backend) -> str:
-    checks.rows("x", x)
-    if bias is not None:
-        checks.same("bias", bias, "x", x)
-        checks.shape("bias", bias, (x.shape[-1],), "[F]")
+    if not checks.fit(x, None, *(() if bias is None else (bias,))):
+        checks.rows("x", x)
+        if bias is not None:
+            checks.same("bias", bias, "x", x)
+            checks.shape("bias", bias, (x.shape[-1],), "[F]")
     return choose(op, backend, x.device)
+
+
+@functools.cache
+def _kernels():
+    """Imported when they are first needed: triton may be missing. Once, since even a repeated import costs a microsecond."""
+    from ..kernels import activation
+
+    return activation
 
 
 def _inverse_sigmoid(z, slope=1.0):
@@ -90,9 +100,7 @@ def _pointwise(function, is_quick):
 
     def implementation(x, bias, backend="torch"):
         if backend == "triton":
-            from ..kernels import activation as kernel
-
-            return kernel.launch(x, bias, is_quick)
+            return _kernels().launch(x, bias, is_quick)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, rows_out = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -120,16 +128,12 @@ def _pointwise_backward(slope, is_quick):
 
 
 def _launch_backward(grad, x, bias, is_quick):
-    from ..kernels import activation as kernel
-
-    grad_x, grad_bias = kernel.launch_backward(grad, x, bias, is_quick)
+    grad_x, grad_bias = _kernels().launch_backward(grad, x, bias, is_quick)
     return grad_x, x.new_empty(0) if grad_bias is None else grad_bias
 
 
 def _launch_swiglu_backward(grad, gate_up):
-    from ..kernels import activation as kernel
-
-    return kernel.launch_swiglu_backward(grad, gate_up)
+    return _kernels().launch_swiglu_backward(grad, gate_up)
 
 
 def _save(ctx, inputs, output):
@@ -170,9 +174,7 @@ _gelu = define(
 
 def _swiglu_impl(gate_up, backend="torch"):
     if backend == "triton":
-        from ..kernels import activation as kernel
-
-        return kernel.launch_swiglu(gate_up)
+        return _kernels().launch_swiglu(gate_up)
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     rows, rows_out = gate_up.reshape(-1, 2 * width), out.view(-1, width)

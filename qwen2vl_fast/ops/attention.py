@@ -55,7 +55,7 @@ def varlen_attention(
     Precision: scores and softmax in float32 (float64 for float64).
     Source: MODEL.md section 2. Definition: `reference.varlen_attention`.
     """
-    _check(q, k, v, cu_seqlens, cu_seqlens_k)
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, schedule)
     if schedule is not None:
         _check_schedule(schedule, cu_seqlens, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(checks.number("scale", scale))
@@ -81,7 +81,7 @@ def varlen_attention(
     return (o, lse.detach().float()) if return_lse else o
 
 
-def _check(q, k, v, cu_seqlens, cu_seqlens_k) -> None:
+def _check(q, k, v, cu_seqlens, cu_seqlens_k, schedule) -> None:
     checks.floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.same(name, x, "q", q)
@@ -98,7 +98,8 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k) -> None:
         )
     if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: expected {q.shape[0]} tokens like q, got {k.shape[0]}; pass cu_seqlens_k for other key lengths")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
+    if not isinstance(schedule, AttentionSchedule) or schedule.cu_seqlens is not cu_seqlens:  # else they were checked then
+        check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
     checks.same_device("cu_seqlens", cu_seqlens, "q", q)
     if cu_seqlens_k is not None:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])

@@ -24,6 +24,7 @@ _PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS
 _model_backend: ContextVar[str | None] = ContextVar("qwen2vl_fast_backend", default=None)
 _library = torch.library.Library("qwen2vl_fast", "DEF")
 _warned = False
+_chosen: dict[tuple, str] = {}  # what `choose` found: packages, drivers and devices stay what they are while a process runs
 
 
 def define(
@@ -34,9 +35,12 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers qwen2vl_fast::<schema> with torch (every device, fake tensors, autograd) and returns the callable op.
+    """Registers qwen2vl_fast::<schema> with torch (every device, fake tensors, autograd) and returns the function to call.
 
     Where the schema has backend='torch' the implementation needs that default too: torch drops arguments that equal theirs.
+
+    Where nothing traces, transforms or profiles, a call goes to the implementation, or to an autograd function around it:
+    torch's dispatch of an op written in Python costs several times what starting a kernel does (`python -m bench.host`).
     """
     name = schema.split("(")[0]
     _library.define(schema)
@@ -44,7 +48,43 @@ def define(
     torch.library.register_fake(f"qwen2vl_fast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"qwen2vl_fast::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.qwen2vl_fast, name).default
+    registered = getattr(torch.ops.qwen2vl_fast, name).default
+    function = registered if backward is None else _function(name, implementation, setup_context, backward)
+
+    tensors = tuple(i for i, argument in enumerate(registered._schema.arguments) if "Tensor" in str(argument.type))
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _modes() or _transforms() or _profiler():
+            return registered(*args)
+        differentiable = False
+        for i in tensors:
+            x = args[i]
+            if x is None:
+                continue
+            if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+                return registered(*args)
+            differentiable = differentiable or x.requires_grad
+        return function(*args) if differentiable and torch.is_grad_enabled() else implementation(*args)
+
+    call.registered = registered
+    return call
+
+
+# Who has to see a call of an op: modes (fake tensors, tracing, checkpoints), transforms, a profiler.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_profiler = torch._C._autograd._profiler_enabled
+
+
+def _function(name: str, implementation: Callable, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
+    """An op with its gradient as an autograd function, for calls that go past the dispatcher."""
+
+    def forward(ctx, *args):
+        output = implementation(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"qwen2vl_fast_{name}", (torch.autograd.Function,), methods).apply
 
 
 @functools.cache
@@ -117,11 +157,25 @@ def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str
     cuda_refuses: why the extension can't take these very tensors, if it can't.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here. The first time
-    that a CUDA tensor gets less than the backend made for it, a warning says which and why.
+    that a CUDA tensor gets less than the backend made for it, a warning says which and why. What is found is remembered.
     """
+    if backend is None:
+        wanted = _model_backend.get()
+        if wanted is not None and op in _WRITTEN[wanted]:
+            backend = wanted
+    elif type(backend) is not str:
+        _known(backend)
+    key = op, backend, device, cuda_refuses
+    name = _chosen.get(key)
+    if name is None:
+        name = _choose(*key)
+        if backend != "triton" or device.type == "cuda":  # whether triton runs on a CPU is a switch that can be turned
+            _chosen[key] = name
+    return name
+
+
+def _choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str | None) -> str:
     global _warned
-    if backend is None and op in _WRITTEN.get(_model_backend.get(), ()):
-        backend = _model_backend.get()
     if backend is not None:
         _known(backend)
         if reason := unusable(op, backend, device.type) or (cuda_refuses if backend == "cuda" else None):
@@ -137,7 +191,7 @@ def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str
         reason = unusable(op, _PREFERRED[op], device.type) or cuda_refuses
         warnings.warn(
             f"{op} runs on the {name} backend: {reason}. qwen2vl_fast.backends() lists every op; this is said once.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return name
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..positions import check_tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.int32, torch.int64))
 _BLOCK_BYTES = 1 << 18  # per thread; a quarter of a common L2, so that a block survives the passes made over it
 
 
 def floating(name: str, x: torch.Tensor) -> None:
-    if check_tensor(name, x).dtype not in FLOATS:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        check_tensor(name, x)
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """x must have the dtype and device of other."""
+    """x must have the dtype and device of other, whose dtype is a floating one."""
+    if isinstance(x, torch.Tensor) and x.dtype == other.dtype and x.device == other.device:
+        return
     floating(name, x)
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
@@ -31,7 +36,7 @@ def same_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor
 
 
 def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != expected:
+    if x.shape != expected:
         raise ValueError(f"{name}: expected {meaning} = {list(expected)}, got shape {list(x.shape)}")
 
 
@@ -41,8 +46,29 @@ def rows(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected [..., width] with a width of at least 1, got shape {list(x.shape)}")
 
 
+def fit(x: Any, residual: Any, *parameters: Any) -> bool:
+    """Whether x is rows, residual None or a tensor like x and each parameter one of x's last dim, dtype and device.
+
+    All of that at one look, since every call of a small op pays for it; what is wrong is for the other checks to say.
+    """
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        return False
+    dtype, device, shape = x.dtype, x.device, x.shape
+    if not shape or not shape[-1]:
+        return False
+    if residual is not None:
+        if not isinstance(residual, torch.Tensor) or residual.dtype != dtype:
+            return False
+        if residual.device != device or residual.shape != shape:
+            return False
+    for p in parameters:
+        if not isinstance(p, torch.Tensor) or p.dtype != dtype or p.device != device or p.shape != shape[-1:]:
+            return False
+    return True
+
+
 def integers(name: str, x: torch.Tensor) -> None:
-    if check_tensor(name, x).dtype not in (torch.int32, torch.int64):
+    if check_tensor(name, x).dtype not in INTEGERS:
         raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import checks
@@ -20,10 +22,19 @@ def gated(gate, up, *, backend: str | None = None):
     Precision: as `quick_gelu`.
     Source: MODEL.md section 3. Definition: `reference.swiglu` of the two side by side.
     """
-    checks.rows("gate", gate)
-    checks.same("up", up, "gate", gate)
-    checks.shape("up", up, tuple(gate.shape), "gate's shape")
+    if up is None or not checks.fit(gate, up):
+        checks.rows("gate", gate)
+        checks.same("up", up, "gate", gate)
+        checks.shape("up", up, tuple(gate.shape), "gate's shape")
     return _gated(gate, up, choose("swiglu", backend, gate.device))
+
+
+@functools.cache
+def _kernels():
+    """Imported when they are first needed: triton may be missing. Once, since even a repeated import costs a microsecond."""
+    from ..kernels import gated
+
+    return gated
 
 
 def _rows(x):
@@ -32,9 +43,7 @@ def _rows(x):
 
 def _gated_impl(gate, up, backend="torch"):
     if backend == "triton":
-        from ..kernels import gated as kernel
-
-        return kernel.launch(gate, up)
+        return _kernels().launch(gate, up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     compute = torch.promote_types(gate.dtype, torch.float32)
     a, b, rows_out = _rows(gate), _rows(up), _rows(out)
@@ -46,9 +55,7 @@ def _gated_impl(gate, up, backend="torch"):
 
 def _gated_backward_impl(grad, gate, up, backend="torch"):
     if backend == "triton":
-        from ..kernels import gated as kernel
-
-        return kernel.launch_backward(grad, gate, up)
+        return _kernels().launch_backward(grad, gate, up)
     compute = torch.promote_types(gate.dtype, torch.float32)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)]
     g, a, b, out_gate, out_up = map(_rows, (grad, gate, up, *grads))

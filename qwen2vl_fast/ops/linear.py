@@ -23,8 +23,9 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def _linear_impl(x, weight, bias):
-    out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
-    return out.view(*x.shape[:-1], weight.shape[0])
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # no view: autograd lets nobody write into one that a function returned
+        out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+        return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _setup(ctx, inputs, output):

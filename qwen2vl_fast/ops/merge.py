@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -30,10 +31,12 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
     Precision: float32 inside (float64 for float64), one rounding at the end.
     Source: MODEL.md section 2 (merger). Definition: `reference.merge_patches`.
     """
-    checks.rows("x", x)
+    fits = checks.fit(x, None, weight, bias)
+    if not fits:
+        checks.rows("x", x)
     if x.dim() != 2 or x.shape[0] % 4:
         raise ValueError(f"x: expected [T, D] with T a multiple of 4, got shape {list(x.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in () if fits else (("weight", weight), ("bias", bias)):
         checks.same(name, parameter, "x", x)
         checks.shape(name, parameter, (x.shape[1],), "[D]")
     checks.number("eps", eps)
@@ -42,6 +45,14 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
         return _layer_norm(x, weight, bias, eps, name).view(-1, 4 * x.shape[1])
     check_grid_shape("grid_thw", grid_thw)
     return _merge_rows(x, weight, bias, grid_thw, eps, name)[0]
+
+
+@functools.cache
+def _kernels():
+    """Imported when they are first needed: triton may be missing. Once, since even a repeated import costs a microsecond."""
+    from ..kernels import merge
+
+    return merge
 
 
 def _merge_rows_impl(x, weight, bias, grid_thw, eps, backend="torch"):
@@ -55,9 +66,7 @@ def _merge_rows_impl(x, weight, bias, grid_thw, eps, backend="torch"):
         raise ValueError(f"grid_thw: holds {total} patches, but x has {x.shape[0]} rows")
     rows = raster_to_merge_order(grid).to(x.device)
     if backend == "triton":
-        from ..kernels import merge as kernel
-
-        return kernel.launch(x, weight, bias, rows, eps), rows
+        return _kernels().launch(x, weight, bias, rows, eps), rows
     return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1]), rows
 
 

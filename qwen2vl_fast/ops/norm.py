@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +26,7 @@ def rms_norm(x, weight, *, eps: float, residual=None, backend: str | None = None
     Precision: the sum z is rounded to x's dtype; the rest in float32 (float64 for float64), one rounding at the end.
     Source: MODEL.md section 3. Definition: `reference.rms_norm`.
     """
-    name = _check("rms_norm", x, residual, eps, backend, weight=weight)
+    name = _check("rms_norm", x, residual, eps, backend, weight)
     return _rms_norm(x, weight, eps, name) if residual is None else _add_rms_norm(x, residual, weight, eps, name)
 
 
@@ -43,35 +45,40 @@ def layer_norm(x, weight, bias, *, eps: float, residual=None, backend: str | Non
     Precision: as `rms_norm`.
     Source: MODEL.md section 2. Definition: `reference.layer_norm`.
     """
-    name = _check("layer_norm", x, residual, eps, backend, weight=weight, bias=bias)
+    name = _check("layer_norm", x, residual, eps, backend, weight, bias)
     if residual is None:
         return _layer_norm(x, weight, bias, eps, name)
     return _add_layer_norm(x, residual, weight, bias, eps, name)
 
 
-def _check(op: str, x, residual, eps, backend, **parameters) -> str:
-    checks.rows("x", x)
-    checks.number("eps", eps)
-    for name, parameter in parameters.items():
-        checks.same(name, parameter, "x", x)
-        checks.shape(name, parameter, (x.shape[-1],), "[C]")
-    if residual is not None:
-        checks.same("residual", residual, "x", x)
-        checks.shape("residual", residual, tuple(x.shape), "x's shape")
+def _check(op: str, x, residual, eps, backend, *parameters) -> str:
+    if type(eps) is not float or not checks.fit(x, residual, *parameters):
+        checks.rows("x", x)
+        checks.number("eps", eps)
+        for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+            checks.same(name, parameter, "x", x)
+            checks.shape(name, parameter, (x.shape[-1],), "[C]")
+        if residual is not None:
+            checks.same("residual", residual, "x", x)
+            checks.shape("residual", residual, tuple(x.shape), "x's shape")
     return choose(op, backend, x.device)
 
 
-def _launched(x, residual, weight, bias, eps):
-    from ..kernels import norm as kernel
+@functools.cache
+def _kernels():
+    """Imported when they are first needed: triton may be missing. Once, since even a repeated import costs a microsecond."""
+    from ..kernels import norm
 
-    y, total = kernel.launch(x, weight, bias, eps, residual=residual)
+    return norm
+
+
+def _launched(x, residual, weight, bias, eps):
+    y, total = _kernels().launch(x, weight, bias, eps, residual=residual)
     return y if residual is None else (y, total)
 
 
 def _launch_backward(grad, grad_total, x, weight, bias, rows, eps):
-    from ..kernels import norm as kernel
-
-    grad_x, grad_weight, grad_bias = kernel.launch_backward(grad, x, weight, bias, eps, grad_total=grad_total, rows=rows)
+    grad_x, grad_weight, grad_bias = _kernels().launch_backward(grad, x, weight, bias, eps, grad_total=grad_total, rows=rows)
     return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
 
 

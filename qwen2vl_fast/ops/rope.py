@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +48,11 @@ def mrope(
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
     name = choose("mrope", backend, q.device)
     return _mrope(q, k, position_ids, table, list(sections), attention_scaling, 1.0, name)
+
+
+def mrope_as_given(q, k, position_ids, inv_freq, sections, attention_scaling, backend):
+    """`mrope` of tensors that fit, for layers that get them from one another; ids may be below zero."""
+    return _mrope(q, k, position_ids, inv_freq, sections, attention_scaling, 1.0, choose("mrope", backend, q.device))
 
 
 def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
@@ -93,6 +100,20 @@ def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
     _vision_rope_inplace(q, k, position_ids, table, name)
 
 
+def _fit(q: Any, k: Any, position_ids: Any, ranks: tuple[int, ...], divisor: int, axes: int) -> bool:
+    """Whether the three pass `_check_heads` and `_check_positions`, values aside: at one look, as `checks.fit`."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(position_ids, torch.Tensor)):
+        return False
+    dtype, device, shape, shape_k = q.dtype, q.device, q.shape, k.shape
+    if dtype not in checks.FLOATS or k.dtype != dtype or k.device != device or position_ids.device != device:
+        return False
+    if len(shape) not in ranks or len(shape_k) != len(shape) or shape_k[:-2] != shape[:-2] or shape_k[-1] != shape[-1]:
+        return False
+    if shape[-1] == 0 or shape[-1] % divisor or not q.stride(-1) == k.stride(-1) == 1:
+        return False
+    return position_ids.dtype in checks.INTEGERS and position_ids.shape == (axes, *shape[:-2])
+
+
 def _check_heads(q: torch.Tensor, k: torch.Tensor, ranks: tuple[int, ...], divisor: int) -> None:
     checks.floating("q", q)
     checks.same("k", k, "q", q)
@@ -111,7 +132,10 @@ def _check_positions(position_ids: torch.Tensor, q: torch.Tensor, axes: int) -> 
     checks.integers("position_ids", position_ids)
     checks.same_device("position_ids", position_ids, "q", q)
     checks.shape("position_ids", position_ids, (axes, *q.shape[:-2]), f"[{axes}, {'T' if q.dim() == 3 else 'B, S'}]")
-    if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or position_ids.numel() == 0:
+
+
+def _check_values(position_ids: torch.Tensor) -> None:
+    if torch.compiler.is_compiling() or position_ids.numel() == 0:
         return
     low, high = map(int, position_ids.aminmax())
     if low < 0 or high >= 1 << 24:  # float32 holds every integer below
@@ -124,7 +148,7 @@ def _check_table(inv_freq: torch.Tensor | None, size: int, dim: int, theta: floa
     if checks.check_tensor("inv_freq", inv_freq).dtype != torch.float32:
         raise TypeError(f"inv_freq: expected float32 (a rounded table is wrong from position 256 on), got {inv_freq.dtype}")
     checks.shape("inv_freq", inv_freq, (size,), f"[{size}]")
-    return inv_freq.to(device)
+    return inv_freq if inv_freq.device == device else inv_freq.to(device)
 
 
 def _default_table(dim: int, theta: float, device: torch.device) -> torch.Tensor:
@@ -139,20 +163,29 @@ def _default_table(dim: int, theta: float, device: torch.device) -> torch.Tensor
 
 
 def _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling) -> torch.Tensor:
-    _check_heads(q, k, (3, 4), 2)
-    checks.number("attention_scaling", attention_scaling)
+    fits = _fit(q, k, position_ids, (3, 4), 2, 3)
+    if not fits:
+        _check_heads(q, k, (3, 4), 2)
+    if type(attention_scaling) is not float:
+        checks.number("attention_scaling", attention_scaling)
     dim = q.shape[-1]
-    if not isinstance(sections, list | tuple) or not all(isinstance(n, int) for n in sections):
+    if not isinstance(sections, list | tuple) or not set(map(type, sections)) <= {int}:
         raise TypeError(f"sections: expected three integers, got {sections!r}")
     if len(sections) != 3 or min(sections) < 0 or sum(sections) * 2 != dim:
         raise ValueError(f"sections: expected three numbers that sum to D/2 = {dim // 2}, got {tuple(sections)}")
-    _check_positions(position_ids, q, 3)
+    if not fits:
+        _check_positions(position_ids, q, 3)
+    if position_ids.device.type == "cpu":
+        _check_values(position_ids)
     return _check_table(inv_freq, dim // 2, dim, theta, q.device)
 
 
 def _check_vision(q, k, position_ids, theta, inv_freq) -> torch.Tensor:
-    _check_heads(q, k, (3,), 4)
-    _check_positions(position_ids, q, 2)
+    if not _fit(q, k, position_ids, (3,), 4, 2):
+        _check_heads(q, k, (3,), 4)
+        _check_positions(position_ids, q, 2)
+    if position_ids.device.type == "cpu":
+        _check_values(position_ids)
     return _check_table(inv_freq, q.shape[-1] // 4, q.shape[-1] // 2, theta, q.device)
 
 
@@ -185,19 +218,24 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float)
     return out
 
 
-def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
-    from ..kernels import rope as kernel
+@functools.cache
+def _kernels():
+    """Imported when they are first needed: triton may be missing. Once, since even a repeated import costs a microsecond."""
+    from ..kernels import rope
 
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # gradients come with any strides
-    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    kernel.launch(q, k, *outs, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, sign)
+    return rope
+
+
+def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
+    if not q.stride(-1) == k.stride(-1) == 1:  # gradients come with any strides
+        q, k = q.contiguous(), k.contiguous()
+    outs = _fake(q, k)
+    _kernels().launch(q, k, *outs, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, sign)
     return outs
 
 
 def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling):
-    from ..kernels import rope as kernel
-
-    kernel.launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, 1.0)
+    _kernels().launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, 1.0)
 
 
 def _table(q, position_ids, inv_freq, sections):

@@ -69,7 +69,7 @@ def patch(
         raise TypeError(f"hf_model: expected a model of transformers' qwen2_vl classes, got {type(hf_model).__name__}")
     if path := next(install.patched(hf_model), None):
         raise ValueError(f"hf_model: {path} is patched already; call unpatch(hf_model) first")
-    options = Options({} if backend is None else {op: backend for op in OPS if op in _WRITTEN[backend]})
+    options = Options({op: backend if backend is not None and op in _WRITTEN[backend] else None for op in OPS})
     installer = install.Installer(release, options, wanted)
     try:
         with torch.device("cpu"):  # transformers constructs models under torch.device("meta")

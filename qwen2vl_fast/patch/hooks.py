@@ -6,21 +6,22 @@ never touched. Each hook counts its runs in the Part (a row of the report) that 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from ..ops.linear import linear
 
-HOOKS = "_qwen2vl_fast_hooks"  # in vars(module): {name of the method: Hook}
-_MISSING = object()
+HOOKS = "_qwen2vl_fast_hooks"  # in vars(module): Hooks
 
 
 class Shared:
@@ -75,36 +76,43 @@ class Options(Shared):
 
     backends: dict[str, str | None]
 
-    def backend(self, op: str) -> str | None:
-        return self.backends.get(op)
-
 
 @dataclass(eq=False)
 class Hook:
-    """A replaced method. names: its parameters without self. more: other parts and facts that the new method needs."""
+    """A replaced method. names: its parameters without self. more: other parts and facts that the new method needs.
+
+    Read at every call of a layer, so plain attributes: a property costs as much as a check.
+    """
 
     part: Part
     options: Options
     function: Callable
     names: tuple[str, ...]
     slot: str
-    previous: Any
+    previous: Any  # what the slot held, or None
     more: dict[str, Any]
-
-    @property
-    def active(self) -> bool:
-        return self.part.enabled
-
-    def __getitem__(self, name: str) -> Any:
-        return self.more[name]
 
     def bind(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """All arguments of a call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
 
 
+class Hooks(dict):
+    """{name of the method: Hook} of a module. A pickled one comes back unpatched: methods of an instance don't survive that."""
+
+    def __reduce__(self) -> tuple:
+        return Hooks, ()
+
+    def __deepcopy__(self, memo: dict) -> Hooks:
+        return Hooks({method: copy.deepcopy(hook, memo) for method, hook in self.items()})
+
+
 def hook_of(module: nn.Module, method: str = "forward") -> Hook:
-    return getattr(module, HOOKS)[method]
+    return module.__dict__[HOOKS][method]
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(module.__dict__.get(HOOKS))
 
 
 def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,22 +136,21 @@ def replace(
 ) -> None:
     """Puts function in the place of module.method. The caller has checked that it binds."""
     owner = getattr(type(module), method)
-
-    # One function object a hook, so that unpatch recognises its own.
-    @functools.wraps(owner)
-    def replacement(self, *args, **kwargs):
-        return function(self, *args, **kwargs)
-
+    # A function object for each hook, by which unpatch recognises its own, and not one around another: that is a call more.
+    parts = (function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    replacement = FunctionType(*parts)
+    replacement.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(replacement, owner)
     slot = _slot(module, method)
-    hook = Hook(part, options, replacement, parameters(owner), slot, vars(module).get(slot, _MISSING), more)
-    vars(module).setdefault(HOOKS, {})[method] = hook
+    hook = Hook(part, options, replacement, parameters(owner), slot, vars(module).get(slot), more)
+    vars(module).setdefault(HOOKS, Hooks())[method] = hook
     vars(module)[slot] = MethodType(replacement, module)
     part.bound += 1
 
 
 def restore(model: nn.Module) -> int:
     """Takes every hook in the model away and returns their number. Raises before any change if one can't be."""
-    found = [(name, module) for name, module in model.named_modules() if HOOKS in vars(module)]
+    found = [(name, module) for name, module in model.named_modules() if hooked(module)]
     plans, lost = [], []
     for name, module in found:
         for method, hook in vars(module)[HOOKS].items():
@@ -158,9 +165,9 @@ def restore(model: nn.Module) -> int:
             "undo that first"
         )
     for module, slot, hook in plans:
-        if slot == hook.slot and hook.previous is _MISSING:
+        if slot == hook.slot and hook.previous is None:
             del vars(module)[slot]
-        elif hook.previous is _MISSING:  # accelerate came after patch: it expects the class's method there
+        elif hook.previous is None:  # accelerate came after patch: it expects the class's method there
             vars(module)[slot] = MethodType(getattr(type(module), slot.replace("_old_", "")), module)
         else:
             vars(module)[slot] = hook.previous
@@ -185,22 +192,23 @@ def parameters(function: Callable) -> tuple[str, ...]:
 
 def bare(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     """Whether module is exactly of this kind, without hooks, and its forward is its class's or ours."""
-    own = module.__dict__
-    if not (type(module) is kind or isinstance(kind, tuple) and type(module) in kind):
+    if type(module) is not kind and not (isinstance(kind, tuple) and type(module) in kind):
         return False
+    own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    if _global_hooks():
+    if _all.forward_hooks or _all.forward_pre_hooks or _all.backward_hooks or _all.backward_pre_hooks:
         return False
-    return "forward" not in own or HOOKS in own and "_hf_hook" not in own and _is(module, "forward", own[HOOKS]["forward"])
+    if "forward" not in own:
+        return True
+    return hooked(module) and "_hf_hook" not in own and _is(module, "forward", own[HOOKS]["forward"])
 
 
-def _global_hooks() -> bool:
-    hooks = torch.nn.modules.module
-    return bool(
-        hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
-    )  # fmt: skip
+class _all:
+    """torch's hooks of every module: dicts that it fills in place."""
+
+    forward_hooks, forward_pre_hooks = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
+    backward_hooks, backward_pre_hooks = torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks
 
 
 def readable(parameter: torch.Tensor | None, x: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from .. import ops
 from ..reference import inverse_frequencies
 from . import loss, model, norms, text, vision
-from .hooks import HOOKS, Options, Part, replace, replaced_elsewhere
+from .hooks import Options, Part, hooked, replace, replaced_elsewhere
 from .releases import Release
 
 TARGETS = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel", "Qwen2VLTextModel", "Qwen2VisionTransformerPretrainedModel")
@@ -227,7 +227,7 @@ class Installer:
         exact = _exact_text(rotary)
         hooked = self._hook(
             rotary, f"{at}rotary_emb", "Qwen2VLRotaryEmbedding", "m-rope", text.rotary,
-            needs=("inv_freq", "attention_scaling"), arguments=("x", "position_ids"), exact=exact,
+            needs=("inv_freq", "attention_scaling"), arguments=("x", "position_ids"), exact=exact, layers=decoder.layers,
         )  # fmt: skip
         if not hooked:
             return None
@@ -285,7 +285,7 @@ def targets(root: nn.Module, modeling: Any) -> dict[str, list[tuple[str, nn.Modu
 
 
 def patched(root: nn.Module) -> Iterator[str]:
-    return (path or type(module).__name__ for path, module in root.named_modules() if HOOKS in vars(module))
+    return (path or type(module).__name__ for path, module in root.named_modules() if hooked(module))
 
 
 def _argument(part: str) -> str:

@@ -18,7 +18,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """As the class's forward; in training mode with labels the output has no logits."""
     hook = hook_of(self)
     kwargs = hook.bind(args, kwargs)
-    if not hook.active or not self.training or kwargs.get("labels") is None:
+    if not hook.part.enabled or not self.training or kwargs.get("labels") is None:
         return original(self, **kwargs)
     inner = {name: value for name, value in kwargs.items() if name not in _OF_THE_LOSS}
     reason = _unfit(self, kwargs)
@@ -28,8 +28,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     hook.part.ran()
     outputs = self.model(**inner, return_dict=True)
     given = {name: kwargs[name] for name in ("labels", "num_items_in_batch", "shift_labels") if kwargs.get(name) is not None}
-    loss = _loss(self, outputs.last_hidden_state, hook.options.backend("linear_cross_entropy"), **given)
-    return hook["output"](loss=loss, logits=None, **{name: outputs.get(name) for name in hook["fields"]})
+    loss = _loss(self, outputs.last_hidden_state, hook.options.backends["linear_cross_entropy"], **given)
+    return hook.more["output"](loss=loss, logits=None, **{name: outputs.get(name) for name in hook.more["fields"]})
 
 
 def _unfit(self: nn.Module, kwargs: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..inputs import to_host
-from ..positions import check_grid, mrope_position_ids
+from ..positions import check_grid, check_grid_shape, mrope_position_ids
 from .hooks import hook_of, original
 from .vision import several_ranks
 
@@ -25,8 +25,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     hook = hook_of(self)
     kwargs = dict(hook.bind(args, kwargs))
     reason = _unfit(kwargs)
-    if not hook.active or reason is not None:
-        if hook.active and reason:
+    if not hook.part.enabled or reason is not None:
+        if hook.part.enabled and reason:
             hook.part.fell_back(reason)
         return original(self, **kwargs)
     encoded = kwargs.pop("mm_encoder_outputs", None)
@@ -82,6 +82,8 @@ def _gathered(
     for pixel_name, grid_name, one, grid in zip(PIXELS, GRIDS, pixels, grids, strict=True):
         if one is not None and grid is None:
             raise ValueError(f"{grid_name}: expected [N, 3] grids with {pixel_name}, got None")
+        if grid is not None:
+            check_grid_shape(grid_name, grid)
     copied = any(grid is not None and grid.device.type != "cpu" for grid in grids)
     counts = None
     if input_ids is not None and (copied or input_ids.device.type == "cpu"):
@@ -131,10 +133,10 @@ def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict
     """generate of transformers 5.x encodes media before the prefill, images and videos apart: here they go together."""
     hook, inner = hook_of(self, ENCODE), self.model
     pixels, grids = ([model_kwargs.get(name) for name in names] for names in (PIXELS, GRIDS))
-    if hook.active and all(x is None for x in pixels) and not model_kwargs.get("mm_encoder_outputs") and several_ranks():
+    if hook.part.enabled and all(x is None for x in pixels) and not model_kwargs.get("mm_encoder_outputs") and several_ranks():
         _no_media(inner)
     both = all(x is not None for x in (*pixels, *grids))
-    if not hook.active or not both or model_kwargs.get("mm_encoder_outputs") or _precomputed(model_kwargs):
+    if not hook.part.enabled or not both or model_kwargs.get("mm_encoder_outputs") or _precomputed(model_kwargs):
         return getattr(type(self), ENCODE)(self, model_kwargs)
     hook.part.ran()
     grids = to_host(*grids)
@@ -142,7 +144,7 @@ def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict
     sizes = (grid.prod(1) // inner.visual.spatial_merge_size**2).tolist()
     media, first = _tokens(inner.visual(rows, grid_thw=grid)).split(sizes), grids[0].shape[0]
     outputs = {
-        kind: hook["output"](pooler_output=part) for kind, part in zip(KINDS, (media[:first], media[first:]), strict=True)
+        kind: hook.more["output"](pooler_output=part) for kind, part in zip(KINDS, (media[:first], media[first:]), strict=True)
     }
     for name in (*PIXELS, *GRIDS):
         model_kwargs.pop(name)
@@ -178,7 +180,7 @@ def get_rope_index(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Te
     input_ids, mask = given.get("input_ids"), given.get("attention_mask")
     grids = {name: given.get(name) for name in GRIDS}
     unfit = input_ids is None or all(grid is None for grid in grids.values())
-    if not hook.active or unfit or mask is not None and mask.shape != input_ids.shape:
+    if not hook.part.enabled or unfit or mask is not None and mask.shape != input_ids.shape:
         return type(self).get_rope_index(self, *args, **kwargs)
     hook.part.ran()
     kinds = given.get("mm_token_type_ids")
@@ -189,6 +191,6 @@ def get_rope_index(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Te
     merge = self.config.vision_config.spatial_merge_size
     mask = None if mask is None else mask.to(input_ids.device)
     ids, deltas = mrope_position_ids(input_ids, **grids, attention_mask=mask, merge_size=merge, **tokens)
-    if hook["counts_padding"] and mask is not None:  # 4.52 takes the padded length from the largest id
+    if hook.more["counts_padding"] and mask is not None:  # 4.52 takes the padded length from the largest id
         deltas = deltas + (mask != 0).sum(1) - mask.shape[1]
     return ids, deltas.unsqueeze(1)

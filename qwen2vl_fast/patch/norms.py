@@ -11,41 +11,48 @@ from .hooks import Hook, Part, bare, hook_of, original, readable
 
 def layer_norm(self: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
     hook = hook_of(self)
-    if not _usable(self, hook, input):
+    weight, bias = self.weight, self.bias
+    if not _usable(self, hook, input, weight, bias):
         return original(self, input)
     hook.part.ran()
-    backend = hook.options.backend("layer_norm")
-    return ops.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=backend)
+    return ops.layer_norm(input, weight, bias, eps=self.eps, backend=hook.options.backends["layer_norm"])
 
 
 def rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     hook = hook_of(self)
-    if not _usable(self, hook, hidden_states):
+    weight = self.weight
+    if not _usable(self, hook, hidden_states, weight):
         return original(self, hidden_states)
     hook.part.ran()
-    backend = hook.options.backend("rms_norm")
-    return ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, backend=backend)
+    return ops.rms_norm(hidden_states, weight, eps=self.variance_epsilon, backend=hook.options.backends["rms_norm"])
 
 
 def add_norm(norm: nn.Module, hook: Hook, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + branch), x + branch): in one op where the norm is one that patch knows and nobody watches its calls."""
     same = x.dtype == branch.dtype and x.device == branch.device
-    if not same or not bare(norm, hook["kind"]) or not _usable(norm, hook, x):
+    if not same or not bare(norm, hook.more["kind"]):
+        x = x + branch
+        return norm(x), x
+    parameters = (norm.weight, norm.bias) if hook.more["kind"] is nn.LayerNorm else (norm.weight,)
+    if not _usable(norm, hook, x, *parameters):
         x = x + branch
         return norm(x), x
     hook.part.ran()
-    if isinstance(norm, nn.LayerNorm):
-        backend = hook.options.backend("layer_norm")
-        return ops.layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=x, backend=backend)
-    return ops.rms_norm(branch, norm.weight, eps=norm.variance_epsilon, residual=x, backend=hook.options.backend("rms_norm"))
+    if hook.more["kind"] is nn.LayerNorm:
+        return ops.layer_norm(branch, *parameters, eps=norm.eps, residual=x, backend=hook.options.backends["layer_norm"])
+    backend = hook.options.backends["rms_norm"]
+    return ops.rms_norm(branch, *parameters, eps=norm.variance_epsilon, residual=x, backend=backend)
 
 
-def _usable(norm: nn.Module, hook: Hook, x: torch.Tensor) -> bool:
-    if not hook.active:
+def _usable(norm: nn.Module, hook: Hook, x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    if not hook.part.enabled:
         return False
-    bias = norm.bias if isinstance(norm, nn.LayerNorm) else norm.weight
-    if readable(norm.weight, x) and readable(bias, x) and not torch.is_autocast_enabled(x.device.type):
-        return True
+    for parameter in parameters:
+        if not readable(parameter, x):
+            break
+    else:
+        if not torch.is_autocast_enabled(x.device.type):
+            return True
     _say(hook.part, norm, x)
     return False
 

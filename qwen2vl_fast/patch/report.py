@@ -33,7 +33,7 @@ class PatchReport:
         if not part.bound:
             return "-"
         device = next(self.model.parameters()).device
-        return choose(part.op, self.options.backend(part.op), device) if part.op and device.type != "meta" else "torch"
+        return choose(part.op, self.options.backends[part.op], device) if part.op and device.type != "meta" else "torch"
 
     def __str__(self) -> str:
         lines = [f"{'part':<19} {'backend':<8} {'calls':>6}  status"]

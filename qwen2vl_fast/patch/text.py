@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import ops
+from ..ops.checks import INTEGERS
 from ..ops.gated import gated
-from .hooks import bare, hook_of, original, project
+from ..ops.rope import mrope_as_given
+from .hooks import bare, hook_of, hooked, original, project
 from .norms import add_norm
 from .vision import frequencies
 
@@ -30,15 +31,26 @@ class Rotation(NamedTuple):
 
 
 def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    """position_ids: [3, B or 1, S]."""
+    """position_ids: [3, B or 1, S]. Ids below zero are rotated by like others: padding has them, and stale rope deltas."""
     hook = hook_of(self)
-    if not hook.active:
+    if not hook.part.enabled:
+        return original(self, x, position_ids)
+    if reason := _unfit(x, position_ids, hook.more["layers"]):
+        hook.part.fell_back(reason)
         return original(self, x, position_ids)
     hook.part.ran()
-    # Padded tokens: a rope delta can take their ids, which mean nothing, below zero.
-    ids = position_ids.expand(3, x.shape[0], -1).clamp(min=0)
-    table = frequencies(self, hook["exact"]).to(x.device)
-    return Rotation(ids, table.view(torch.int32), float(self.attention_scaling))
+    table = frequencies(self, hook.more["exact"]).to(x.device)
+    return Rotation(position_ids.expand(3, x.shape[0], -1), table.view(torch.int32), float(self.attention_scaling))
+
+
+def _unfit(x: torch.Tensor, position_ids: torch.Tensor, layers: nn.ModuleList) -> str | None:
+    """Why the layers have to get cos and sin."""
+    if position_ids.dim() != 3 or position_ids.shape[-1] != x.shape[1] or position_ids.dtype not in INTEGERS:
+        return "position ids of another shape or type"
+    for layer in layers:
+        if not hooked(getattr(layer, "self_attn", layer)):
+            return "a layer has an attention that patch did not see"
+    return None
 
 
 def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
@@ -49,19 +61,17 @@ def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs
     rotation = kwargs.get("position_embeddings")
     if not isinstance(rotation, Rotation):
         return original(self, hidden_states, **kwargs)
-    interface = hook["interface"](self, kwargs)
+    interface = hook.more["interface"](self, kwargs)
     if interface is None:
         hook.part.fell_back("attention weights were asked for, or an implementation without AttentionInterface")
-        kwargs["position_embeddings"] = original(hook["rotary"], hidden_states, rotation.position_ids)
+        kwargs["position_embeddings"] = original(hook.more["rotary"], hidden_states, rotation.position_ids)
         return original(self, hidden_states, **kwargs)
     hook.part.ran()
-    layers = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (project(layer, hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)
-    q, k = ops.mrope(
-        q, k, rotation.position_ids, sections=hook["sections"], inv_freq=rotation.bits.view(torch.float32),
-        attention_scaling=rotation.scaling, backend=hook.options.backend("mrope"),
-    )  # fmt: skip
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q, k, v = [project(layer, hidden_states).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+    table, backend = rotation.bits.view(torch.float32), hook.options.backends["mrope"]
+    q, k = mrope_as_given(q, k, rotation.position_ids, table, hook.more["sections"], rotation.scaling, backend)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
     if cache is not None:
         place = kwargs.get("cache_position")
@@ -71,11 +81,11 @@ def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs
         self, q, k, v, mask,
         dropout=self.attention_dropout if self.training else 0.0,
         scaling=self.head_dim**-0.5,
-        **hook["mask_options"](self, q, mask, kwargs),
+        **hook.more["mask_options"](self, q, mask, kwargs),
         **{name: value for name, value in kwargs.items() if name not in hook.names},
     )  # fmt: skip
     o = project(self.o_proj, o.reshape(*hidden_states.shape[:-1], -1).contiguous())
-    return (o, weights, cache) if hook["returns_cache"] else (o, weights)
+    return (o, weights, cache) if hook.more["returns_cache"] else (o, weights)
 
 
 def layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,12 +94,12 @@ def layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: An
     if args:
         kwargs = hook.bind((hidden_states, *args), kwargs)
         kwargs.pop("hidden_states")
-    if not hook.active or hook["checkpoints"] and self.gradient_checkpointing and self.training:
+    if not hook.part.enabled or hook.more["checkpoints"] and self.gradient_checkpointing and self.training:
         return original(self, hidden_states, **kwargs)
     attended, *more = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     normed, x = add_norm(self.post_attention_layernorm, hook, hidden_states, attended)
     x = x + self.mlp(normed)
-    if not hook["returns_tuple"]:
+    if not hook.more["returns_tuple"]:
         return x
     weights, *cache = more
     outputs = (x, weights) if kwargs.get("output_attentions") else (x,)
@@ -98,11 +108,11 @@ def layer(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: An
 
 def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     hook = hook_of(self)
-    known = type(self.act_fn) in hook["activations"] and bare(self.act_fn, type(self.act_fn))
-    if not hook.active or not known:
-        if hook.active:
+    known = type(self.act_fn) in hook.more["activations"] and bare(self.act_fn, type(self.act_fn))
+    if not hook.part.enabled or not known:
+        if hook.part.enabled:
             hook.part.fell_back(f"the activation is a {type(self.act_fn).__name__}")
         return original(self, x)
     hook.part.ran()
-    y = gated(project(self.gate_proj, x), project(self.up_proj, x), backend=hook.options.backend("swiglu"))
+    y = gated(project(self.gate_proj, x), project(self.up_proj, x), backend=hook.options.backends["swiglu"])
     return project(self.down_proj, y)

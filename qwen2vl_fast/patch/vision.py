@@ -15,9 +15,9 @@ from torch import nn
 from .. import ops
 from ..inputs import capped_packs, to_host
 from ..ops.linear import linear
-from ..positions import AttentionSchedule, attention_schedule, check_grid, vision_position_ids
+from ..positions import AttentionSchedule, attention_schedule, check_grid, check_grid_shape, vision_position_ids
 from ..reference import vision_rope_angles
-from .hooks import activate, bare, hook_of, original, project, readable
+from .hooks import activate, bare, hook_of, hooked, original, project, readable
 from .norms import add_norm
 
 MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
@@ -48,13 +48,13 @@ class Pack(NamedTuple):
 def tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
     """hidden_states [T, patch_dim] and grid_thw [N, 3] -> as the class's forward: visual tokens [T / m^2, hidden]."""
     hook = hook_of(self)
-    if not hook.active:
+    if not hook.part.enabled:
         return original(self, hidden_states, grid_thw, **kwargs)
     if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
         hook.part.fell_back("attention weights were asked for")
         return original(self, hidden_states, grid_thw, **kwargs)
     hook.part.ran()
-    return hook["run"](self, hidden_states, grid_thw, **kwargs)
+    return hook.more["run"](self, hidden_states, grid_thw, **kwargs)
 
 
 def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
@@ -72,9 +72,9 @@ def run_tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tens
         outputs.append(rows)
     x = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     merged = self.merger(x)
-    if not hook["output"]:
+    if not hook.more["output"]:
         return merged
-    result = hook["output"](last_hidden_state=x, pooler_output=merged)
+    result = hook.more["output"](last_hidden_state=x, pooler_output=merged)
     return result.to_tuple() if return_dict is False else result
 
 
@@ -94,6 +94,7 @@ def _packs(
     self: nn.Module, x: torch.Tensor, grid_thw: torch.Tensor, cu_seqlens: Any, position_ids: Any, whole: bool
 ) -> list[tuple[torch.Tensor, Pack]]:
     """(patches, what the blocks need to know of them) of each pack of at most MAX_PACK_PATCHES patches."""
+    check_grid_shape("grid_thw", grid_thw)
     grid, bounds = to_host(grid_thw, cu_seqlens)
     grid = check_grid(grid, self.spatial_merge_size)
     if whole or several_ranks() or bounds is not None or position_ids is not None:
@@ -112,7 +113,7 @@ def _pack(self: nn.Module, device: torch.device, grid: Any, bounds: Any, positio
     head_dim = self.config.embed_dim // heads
     return Pack(
         ids.to(device, non_blocking=True),
-        frequencies(self.rotary_pos_emb, hook_of(self)["exact"]).to(device, non_blocking=True).view(torch.int32),
+        frequencies(self.rotary_pos_emb, hook_of(self).more["exact"]).to(device, non_blocking=True).view(torch.int32),
         attention_schedule(grid if bounds is None else bounds.int(), heads=heads, head_dim=head_dim, device=device),
     )
 
@@ -125,9 +126,13 @@ def frequencies(rotary: nn.Module, exact: torch.Tensor | None) -> torch.Tensor:
 
 def _call(self: nn.Module, hook: Any, block: nn.Module, x: torch.Tensor, pack: Pack, kwargs: dict) -> torch.Tensor:
     """One block, as a module, with the checkpointing that this release leaves to the tower (4.52)."""
-    if hook["checkpoints"] and self.gradient_checkpointing and self.training:
-        return self._gradient_checkpointing_func(block.__call__, x, pack.schedule.cu_seqlens, None, pack)
-    return block(x, cu_seqlens=pack.schedule.cu_seqlens, position_embeddings=pack, **kwargs)
+    given: Any = pack
+    if not hooked(getattr(block, "attn", block)):
+        hook.part.fell_back("a block has an attention that patch did not see")
+        given = pack.cos_sin()
+    if hook.more["checkpoints"] and self.gradient_checkpointing and self.training:
+        return self._gradient_checkpointing_func(block.__call__, x, pack.schedule.cu_seqlens, None, given)
+    return block(x, cu_seqlens=pack.schedule.cu_seqlens, position_embeddings=given, **kwargs)
 
 
 def patch_embed(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -135,8 +140,8 @@ def patch_embed(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     hook, proj = hook_of(self), self.proj
     x = hidden_states.to(proj.weight.dtype)
     usable = bare(proj, nn.Conv3d) and readable(proj.weight, x) and proj.bias is None
-    if not hook.active or not usable or torch.is_autocast_enabled(x.device.type):
-        if hook.active:
+    if not hook.part.enabled or not usable or torch.is_autocast_enabled(x.device.type):
+        if hook.part.enabled:
             hook.part.fell_back("autocast" if usable else "the convolution is not a plain Conv3d with its weight in place")
         return original(self, hidden_states)
     hook.part.ran()
@@ -156,7 +161,7 @@ def block(
     hook = hook_of(self)
     if rotary_pos_emb is not None:
         kwargs["rotary_pos_emb"] = rotary_pos_emb
-    if not hook.active or hook["checkpoints"] and self.gradient_checkpointing and self.training:
+    if not hook.part.enabled or hook.more["checkpoints"] and self.gradient_checkpointing and self.training:
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
     attended = self.attn(self.norm1(hidden_states), cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
     normed, x = add_norm(self.norm2, hook, hidden_states, attended)
@@ -177,18 +182,19 @@ def attention(
         kwargs["rotary_pos_emb"] = rotary_pos_emb
     if not isinstance(pack, Pack):
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack, **kwargs)
-    if not hook.active:
+    if not hook.part.enabled:
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack.cos_sin(), **kwargs)
     hook.part.ran()
-    q, k, v = project(self.qkv, hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-    if hook["rope"].enabled:
-        hook["rope"].ran()
-        backend = hook.options.backend("vision_rope")
+    qkv, heads = project(self.qkv, hidden_states), self.num_heads
+    q, k, v = qkv.reshape(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads)).unbind(1)
+    if hook.more["rope"].enabled:
+        hook.more["rope"].ran()
+        backend = hook.options.backends["vision_rope"]
         q, k = ops.vision_rope(q, k, pack.position_ids, inv_freq=pack.inv_freq, backend=backend)
     else:
-        q, k = hook["library_rope"](q, k, *pack.cos_sin())
+        q, k = hook.more["library_rope"](q, k, *pack.cos_sin())
     schedule = _moved(pack.schedule, q.device)
-    backend = hook.options.backend("varlen_attention")
+    backend = hook.options.backends["varlen_attention"]
     o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, backend=backend)
     return project(self.proj, o.flatten(1))
 
@@ -203,13 +209,13 @@ def _moved(schedule: AttentionSchedule, device: torch.device) -> AttentionSchedu
 
 def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     hook = hook_of(self)
-    function = hook["functions"].get(type(self.act)) if bare(self.act, type(self.act)) else None
-    if not hook.active or function is None:
-        if hook.active:
+    function = hook.more["functions"].get(type(self.act)) if bare(self.act, type(self.act)) else None
+    if not hook.part.enabled or function is None:
+        if hook.part.enabled:
             hook.part.fell_back(f"the activation is a {type(self.act).__name__}")
         return original(self, x)
     hook.part.ran()
-    return project(self.fc2, activate(self.fc1, x, function, hook.options.backend(function.__name__)))
+    return project(self.fc2, activate(self.fc1, x, function, hook.options.backends[function.__name__]))
 
 
 def merger(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -217,11 +223,11 @@ def merger(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     hook = hook_of(self)
     layers = list(self.mlp)
     known = len(layers) == 3 and bare(layers[1], nn.GELU) and layers[1].approximate == "none" and bare(self.mlp, nn.Sequential)
-    if not hook.active or not known:
-        if hook.active:
+    if not hook.part.enabled or not known:
+        if hook.part.enabled:
             hook.part.fell_back("the merger's activation is not a plain GELU")
         return original(self, x)
     hook.part.ran()
     first, _, second = layers
     y = self.ln_q(x).view(-1, self.hidden_size)
-    return project(second, activate(first, y, ops.gelu, hook.options.backend("gelu")))
+    return project(second, activate(first, y, ops.gelu, hook.options.backends["gelu"]))

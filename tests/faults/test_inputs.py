@@ -229,6 +229,7 @@ def test_fault_18_cpu_model_beside_a_gpu(monkeypatch):
     with torch.no_grad():
         expected = ours(**inputs).logits
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_WRITTEN", dict.fromkeys(backends.BACKENDS, backends.OPS))
     monkeypatch.setattr(backends, "extension_error", lambda: None)
     monkeypatch.setattr(backends, "_interpreting", lambda: False)
