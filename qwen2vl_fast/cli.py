@@ -25,7 +25,9 @@ NANO = Path(__file__).parent / "assets" / "nano"
 CHECKOUT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Files of bench/ that measure nothing by themselves, or are no part of a run of everything.
-NO_SUBJECTS = frozenset(("__init__", "timing", "peers", "passes", "report", "plots", "sanitize", "micro", "sweep"))
+NO_SUBJECTS = frozenset((
+    "__init__", "timing", "peers", "passes", "report", "plots", "sanitize", "micro", "sweep", "variants", "profile",
+))  # fmt: skip
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
 VIDEOS = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv"))
 

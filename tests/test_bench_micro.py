@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from bench import micro
+from bench import micro, profile, variants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -143,6 +143,15 @@ def test_without_nvcc_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(micro, "find_nvcc", lambda: None)
     assert micro.main([]) == 0
     assert "no nvcc" in capsys.readouterr().out
+
+
+def test_variants_and_profile_say_what_they_lack(monkeypatch, capsys):
+    monkeypatch.setattr(variants, "find_nvcc", lambda: None)
+    assert variants.main([]) == 0
+    assert "no nvcc" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        profile.main([])
 
 
 def test_a_program_that_fails_keeps_its_rows(tmp_path):

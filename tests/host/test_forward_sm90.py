@@ -85,6 +85,13 @@ def test_many_random_packs(library, seed):
                 break
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [192, 128])
+def test_thousands_of_tiny_segments_and_a_huge_one(library, rows):
+    lengths = (*(1 + n % 3 for n in range(1500)), 1100, *(1 + n % 2 for n in range(1500)))
+    check_rule(kernel(library, rows, grid=5, races=False), Case(lengths, heads=1))
+
+
 @shapes
 def test_isolation_and_bits(library, dim, rows):
     case = Case((65, 30, 0, 200, 1), heads=2, dim=dim, causal=dim == 64)
