@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import peers
-from bench.peers import OURS, PEERS, Missing, Problem
+from bench.peers import OURS, PEERS, REPEATABLE, Missing, Problem
 from bench.timing import ceilings, measure, parser, publish, say
 
 CASES: dict[str, tuple[int, ...]] = {
@@ -33,7 +33,9 @@ CASES: dict[str, tuple[int, ...]] = {
 ON_CPU = ("a", "b", "c")
 CHECK = (1, 64, 260, 4, 1024, 191, 193)  # lengths of the problem on which every contender is judged first
 COLD_TOKENS = 4096
-BOUNDS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}  # relative errors; a wrong mask, scale or stride gives 1e-2 and more
+# Relative errors of outputs and of gradients; a wrong mask, scale or stride gives 1e-2 and more, in gradients 1e-1.
+BOUNDS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+GRADIENT_BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 def describe(lengths: tuple[int, ...]) -> str:
@@ -80,7 +82,7 @@ def measure_case(
         for contender, seconds in measure(runs, repeats=repeats, device=device, graph=graph, cold=True).items():
             found[contender]["cold_seconds"] = seconds
     speeds = {contender: facts["flops"] for contender, facts in found.items() if "flops" in facts}
-    best = max((contender for contender in speeds if contender != OURS), key=speeds.get, default=None)
+    best = max((contender for contender in speeds if contender in PEERS), key=speeds.get, default=None)
     return {
         "case": name,
         "lengths": describe(lengths),
@@ -100,13 +102,14 @@ def check(wanted: list[str], options: argparse.Namespace) -> dict[str, str]:
     broken = {}
     for contender in wanted:
         lengths = tuple(n for n in CHECK if n > 1 or contender != "cuDNN")  # in torch it refuses a single key
-        problem = Problem.random(lengths, device=options.device, dtype=dtype, seed=2)
+        problem = Problem.random(lengths, device=options.device, dtype=dtype, seed=2, grad=options.backward)
         try:
-            _, error = peers.prepare(contender, problem, BOUNDS[dtype])
-            say(options, f"{contender:<20} computes our problem, relative error {error:.1e}")
+            gradients = GRADIENT_BOUNDS[dtype] if options.backward else None
+            _, error = peers.prepare(contender, problem, BOUNDS[dtype], gradients)
+            say(options, f"{contender:<28} computes our problem, relative error {error:.1e}")
         except Missing as reason:
             broken[contender] = str(reason)
-            say(options, f"{contender:<20} {reason}")
+            say(options, f"{contender:<28} {reason}")
     return broken
 
 
@@ -125,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     cuda = torch.cuda.is_available()
     cases = options.cases or (tuple(CASES) if cuda else ON_CPU)
-    wanted = [OURS, *(PEERS if options.peers is None else options.peers)]
-    if unknown := set(wanted) - {OURS, *PEERS}:
+    wanted = [OURS, *([REPEATABLE] if options.backward else []), *(PEERS if options.peers is None else options.peers)]
+    if unknown := set(wanted) - {OURS, REPEATABLE, *PEERS}:
         arguments.error(f"--peers: expected {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
     name = f"attention_{'backward_' if options.backward else ''}{'cuda' if cuda else 'cpu'}"
     options.device = "cuda" if cuda else "cpu"
@@ -152,9 +155,9 @@ def lines(row: dict[str, Any]) -> list[str]:
     text = [f"({row['case']}) {row['lengths']}, {row['pass']}, {row['tokens']} tokens"]
     for contender, facts in row["contenders"].items():
         if "missing" in facts:
-            text.append(f"  {contender:<20} {facts['missing']}")
+            text.append(f"  {contender:<28} {facts['missing']}")
             continue
-        line = f"  {contender:<20} {facts['seconds']['median'] * 1e6:10.1f} us {facts['flops'] / 1e12:7.2f} TFLOP/s"
+        line = f"  {contender:<28} {facts['seconds']['median'] * 1e6:10.1f} us {facts['flops'] / 1e12:7.2f} TFLOP/s"
         line += f" {100 * facts['share_of_matmul']:4.0f} %"
         if "cold_seconds" in facts:
             line += f"   cold {facts['cold_seconds']['median'] * 1e6:8.1f} us"

@@ -80,6 +80,8 @@ sanitize() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((LIMIT / 4)) compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 \
       "$PYTHON" -m bench.sanitize --tool $tool || { echo "$tool: failed ($?)"; status=1; }
   done
+  # Each tool on the sm_80 kernels alone, and on copies with a bug planted, which it must find.
+  timeout $LIMIT "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_sanitizer.py || status=1
   return $status
 }
 
@@ -94,6 +96,9 @@ bench() {
   for subject in "$@"; do
     echo "== $subject"
     timeout $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench "$subject" --save "$OUT" || { echo "$subject: failed ($?)"; status=1; }
+    [ "$subject" = attention ] || continue
+    echo "== attention --backward"
+    timeout $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench attention --backward --save "$OUT" || { echo "attention --backward: failed ($?)"; status=1; }
   done
   return $status
 }

@@ -72,15 +72,14 @@ class Problem:
 Attend = Callable[[], Tensor]  # -> o [T, H, D]
 
 
-def ours(problem: Problem) -> Attend:
+def ours(problem: Problem, deterministic: bool = False) -> Attend:
     backend = "cuda" if problem.qkv.is_cuda else None
     if backend and (reason := unusable("varlen_attention", backend)):
         raise Missing(reason)
     q, k, v = problem.views
     schedule = problem.schedule
-    return lambda: varlen_attention(
-        q, k, v, schedule.cu_seqlens, max_seqlen=schedule.max_seqlen, schedule=schedule, backend=backend
-    )
+    options = {"max_seqlen": schedule.max_seqlen, "schedule": schedule, "backend": backend, "deterministic": deterministic}
+    return lambda: varlen_attention(q, k, v, schedule.cu_seqlens, **options)
 
 
 def torch_varlen(problem: Problem) -> Attend:
@@ -156,6 +155,7 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 OURS = "qwen2vl_fast"
+REPEATABLE = f"{OURS}, deterministic"  # another contender in the backward pass
 PEERS: dict[str, Callable[[Problem], Attend]] = {
     "torch varlen_attn": torch_varlen,
     "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
@@ -185,14 +185,36 @@ def error(problem: Problem, out: Tensor, rows: int = 256) -> float:
     return (wrong / total) ** 0.5
 
 
-def prepare(name: str, problem: Problem, bound: float) -> tuple[Attend, float]:
-    """The contender's call and its error on this problem; Missing if it can't run or computes something else."""
-    build = ours if name == OURS else PEERS[name]
-    attend = build(problem)
+def gradient_error(problem: Problem, attend: Attend) -> float:
+    """The largest of ||dx - reference|| / ||reference|| over q, k and v, in float64 on the device."""
+    out = attend()
+    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(3), device=out.device, dtype=out.dtype)
+    found = torch.autograd.grad(out, problem.views, grad)
+    leaves = [x.detach().double().requires_grad_() for x in problem.views]
+    parts = []
+    for q, k, v in zip(*(x.split(problem.lengths) for x in leaves), strict=True):
+        weights = (torch.einsum("rhd,khd->hrk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+        parts.append(torch.einsum("hrk,khd->rhd", weights, v))
+    expected = torch.autograd.grad(torch.cat(parts), leaves, grad.double())
+    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True))
+
+
+def prepare(name: str, problem: Problem, bound: float, gradient_bound: float | None = None) -> tuple[Attend, float]:
+    """The contender's call and its error on this problem; Missing if it can't run or computes something else.
+
+    gradient_bound: its gradients are held to this as well, on all rows, so the problem should be a small one.
+    """
+    if name in (OURS, REPEATABLE):
+        attend = ours(problem, name == REPEATABLE)
+    else:
+        attend = PEERS[name](problem)
     try:
         found = error(problem, attend())
+        gradient = 0.0 if gradient_bound is None else gradient_error(problem, attend)
     except Exception as failure:  # a peer's own failure is its row, not the end of the others
         raise Missing("fails: " + " ".join(f"{type(failure).__name__}: {failure}".split())[:200]) from failure
     if not found < bound:
         raise Missing(f"computes something else: relative error {found:.1e}")
-    return attend, found
+    if gradient_bound is not None and not gradient < gradient_bound:
+        raise Missing(f"its gradients are something else: relative error {gradient:.1e}")
+    return attend, max(found, gradient)

@@ -163,6 +163,24 @@ def test_a_contender_that_computes_something_else_is_no_contender(monkeypatch, w
         peers.prepare("wrong", problem(), max(attention.BOUNDS.values()))
 
 
+def with_gradient_of(task: Problem, wrong) -> torch.Tensor:
+    """The right output with other gradients."""
+    right = peers.sdpa(torch.nn.attention.SDPBackend.MATH)(task)()
+    other = wrong(task)
+    return other + (right - other).detach()
+
+
+@pytest.mark.parametrize("wrong", [across, last_key_missing, other_scale, heads_mixed])
+def test_gradients_are_judged_too(monkeypatch, wrong):
+    """A peer whose backward is wrong takes no part in the backward pass; its outputs alone would not tell."""
+    monkeypatch.setitem(peers.PEERS, "wrong", lambda task: lambda: with_gradient_of(task, wrong))
+    peers.prepare("wrong", problem(grad=True), 1e-5)
+    with pytest.raises(Missing, match="gradients are something else"):
+        peers.prepare("wrong", problem(grad=True), 1e-5, max(attention.GRADIENT_BOUNDS.values()))
+    for right in ("SDPA flash", peers.OURS, peers.REPEATABLE):
+        peers.prepare(right, problem(grad=True), 1e-5, attention.GRADIENT_BOUNDS[torch.float32])
+
+
 def test_a_peer_that_fails_is_a_row(monkeypatch):
     def fails(task: Problem):
         raise ValueError("head_dim 80")
@@ -185,6 +203,7 @@ def test_attention_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
     (row,) = result["rows"]
     assert row["lengths"] == "1 x 32 + 2 x 16" and row["useful_flop"] == 2.5 * 4 * 80 * 16 * (32**2 + 2 * 16**2)
     assert row["contenders"]["qwen2vl_fast"]["error"] < 1e-5 and row["ratio_to_best_peer"] > 0
+    assert row["contenders"]["qwen2vl_fast, deterministic"]["flops"] > 0 and row["best_peer"] in peers.PEERS
     assert row["contenders"]["FlashAttention-3"] == {"missing": "needs a CUDA device"}
     assert "device" not in result["command"]
 
