@@ -19,8 +19,12 @@ inline EncodeTensorMap tensor_map_encoder() {
   static const EncodeTensorMap function = [] {
     void* pointer = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found),
-          std::string(FORWARD_SM90) + ": cudaGetDriverEntryPointByVersion");
+#if CUDART_VERSION >= 12050  // the one came with 12.5, the other is gone with 13.0
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &pointer, cudaEnableDefault, &found);
+#endif
+    check(status, std::string(FORWARD_SM90) + ": cudaGetDriverEntryPoint");
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(FORWARD_SM90) + ": the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTensorMap>(pointer);
   }();
