@@ -1,4 +1,5 @@
 // The Hopper forward, compiled for sm_90a alone.
+#include "checks.h"
 #include "launch_sm90.cuh"
 #include "launch_sm90.h"
 

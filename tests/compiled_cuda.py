@@ -1,6 +1,7 @@
 """Reads the machine code of the extension's attention kernels: registers, local memory, the instructions of their main loops.
 
-`python -m tests.compiled_cuda` writes docs/cuda_registers.json, the table that tests/test_compiled_cuda.py holds.
+`python -m tests.compiled_cuda` writes docs/cuda_registers.json and what docs/attention.md shows of it;
+tests/test_compiled_cuda.py holds both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from tests.test_package import cuobjdump
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "cuda_registers.json"
+DOCUMENT = ROOT / "docs" / "attention.md"
+START, END = "<!-- machine code -->\n", "<!-- end -->"
 EXTENSION = ROOT / "qwen2vl_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 # Of a multiprocessor: registers, bytes of shared memory, threads; bytes of it that a resident block costs besides its own.
 LIMITS = {"sm_80": (65536, 164 << 10, 2048, 1024), "sm_90a": (65536, 228 << 10, 2048, 1024)}
@@ -25,6 +28,13 @@ INSTRUCTIONS = {
     "mma": r"HMMA\.16816", "ex2": r"MUFU\.EX2", "ldmatrix": r"LDSM\.16\.MT?88\.4", "copy 16": r"LDGSTS\.E\.\S*128",
     "ffma": r"FFMA", "fmul": r"FMUL", "fmnmx": r"FMNMX", "shuffle": r"SHFL", "barrier": r"BAR\.SYNC", "red": r"RED\.|REDG",
 }  # fmt: skip
+# Clocks of a multiprocessor for which one instruction of each of a block's four warps keeps a unit. Each warp has a quarter of
+# the multiprocessor to itself: issue, and tensor cores (m16n8k16 is 2048 multiplications, at 256 a clock on A100, 512 on H100).
+# All share the shared-memory port (128 bytes a clock; 512 for an ldmatrix or a 16-byte copy of a warp) and 16 exponentials.
+CLOCKS = {
+    "sm_80": {"tensor": {"mma": 8}, "shared": {"ldmatrix": 16, "copy 16": 16}, "ex2": {"ex2": 8}, "issue": {"loop": 1}},
+    "sm_90a": {"tensor": {"mma": 4}, "shared": {"ldmatrix": 16, "copy 16": 16}, "ex2": {"ex2": 8}, "issue": {"loop": 1}},
+}
 WORDS = {"bf16": "true", "fp16": "false", "add dq": "true", "two passes": "false"}  # of a kernel's name, in C++
 FAMILIES = r"(ForwardSm80|BackwardKeys|BackwardQueries|RowSums|RoundDq|BuildTiles)"
 
@@ -53,6 +63,11 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
             if products and 2 * sum("HMMA" in t for t in body) >= products:
                 loops.append(body)
     return min(loops, key=len, default=[])
+
+
+def clocks(row: dict[str, int], arch: str) -> dict[str, int]:
+    """Predicted clocks of a turn of the main loop (a block's rows by a step's rows), by unit; it takes the largest at least."""
+    return {unit: sum(row[name] * each for name, each in parts.items()) for unit, parts in CLOCKS[arch].items()}
 
 
 def shared_bytes() -> dict[str, tuple[int, int]]:
@@ -106,14 +121,38 @@ def table() -> dict[str, Any]:
             by_registers = registers // (-(-number["REG"] // 8) * 8 * count)
             resident = min(by_registers, threads // count, shared // (dynamic + reserve))
             everything = "\n".join(t for _, t in lines)
-            rows.setdefault(name, {})[arch] = {
+            row = rows.setdefault(name, {})[arch] = {
                 "registers": number["REG"], "stack": number["STACK"] + number["LOCAL"],
                 "local": len(re.findall(r"\b(?:LDL|STL)\b", everything)), "shared": dynamic, "blocks": resident,
                 "stores 16": len(re.findall(r"\bSTG\.E\.128", everything)), "loop": len(loop),
                 **{key: sum(bool(re.search(rf"\b(?:{p})", t)) for t in loop) for key, p in INSTRUCTIONS.items() if loop},
             }  # fmt: skip
+            if loop:
+                row["clocks a step"] = clocks(row, arch)
     return {"cuda": _C.build_info()["cuda_version"], "kernels": rows}
 
 
+def readable(rows: dict[str, Any]) -> str:
+    """The bf16 kernels with a main loop, for sm_80, as a table."""
+    head = "kernel registers shared blocks mma EX2 ldmatrix copies instructions tensor port exponentials".split()
+    lines = [f"| {' | '.join(head)} |", f"| --- {'| --: ' * (len(head) - 1)}|"]
+    for name, archs in rows["kernels"].items():
+        row = archs.get("sm_80", {})
+        if "bf16" not in name or "clocks a step" not in row:
+            continue
+        counts = [row[key] for key in ("registers", "shared", "blocks", "mma", "ex2", "ldmatrix", "copy 16", "loop")]
+        counts += [row["clocks a step"][unit] for unit in ("tensor", "shared", "ex2")]
+        lines.append(f"| `{name.replace('bf16, ', '')}` | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines) + "\n"
+
+
+def document(text: str, rows: dict[str, Any]) -> str:
+    """The text of docs/attention.md with the table between its marks."""
+    before, _, rest = text.partition(START)
+    return before + START + readable(rows) + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
-    TABLE.write_text(json.dumps(table(), indent=1) + "\n")
+    found = table()
+    TABLE.write_text(json.dumps(found, indent=1) + "\n")
+    DOCUMENT.write_text(document(DOCUMENT.read_text(), found))

@@ -7,12 +7,14 @@ import json
 import pytest
 
 from qwen2vl_fast.ops.backends import extension_error
-from tests.compiled_cuda import TABLE, main_loop, table
+from tests.compiled_cuda import DOCUMENT, TABLE, clocks, document, main_loop, table
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
 # Products of one turn of the main loop: a warp's rows (M_TILES * 16) and a step's rows as tiles of 16 x 8, over D / 16 or over
 # STEP / 16 by D / 8; two of them in the forward, four for dk and dv, one more for dq beside them, three for dq alone.
 PRODUCTS = {"ForwardSm80": 2, "BackwardKeys": 4, "BackwardQueries": 3}
+
+SHARED = 99 << 10  # bytes that a block gets on 8.6 and 8.9, which run the machine code for 8.0
 
 
 def problems(name: str, row: dict) -> list[str]:
@@ -20,6 +22,8 @@ def problems(name: str, row: dict) -> list[str]:
     found = [f"{row[key]} {key}" for key in ("stack", "local") if row[key]]
     if row["blocks"] < 1:
         found.append("no block fits a multiprocessor")
+    if row["shared"] > SHARED:
+        found.append(f"{row['shared']} bytes of shared memory: no block fits a device of capability 8.6 or 8.9")
     family = name.split("<")[0]
     if family in PRODUCTS:
         if row["stores 16"] == 0:
@@ -40,6 +44,18 @@ def test_machine_code_is_as_recorded():
             assert problems(name, row) == [], f"{name} {arch}: {row}"
             if found["cuda"] == recorded["cuda"]:
                 assert row == recorded["kernels"][name][arch], f"{name} {arch}: run python -m tests.compiled_cuda"
+
+
+def test_the_document_shows_the_table():
+    text = DOCUMENT.read_text()
+    assert text == document(text, json.loads(TABLE.read_text())), "run python -m tests.compiled_cuda"
+
+
+def test_clocks_by_hand():
+    """docs/attention.md's arithmetic of a step of 64 keys at D = 80 with 128 rows: 160 products of 8 clocks."""
+    row = {"mma": 160, "ldmatrix": 40, "copy 16": 10, "ex2": 68, "loop": 900}
+    assert clocks(row, "sm_80") == {"tensor": 1280, "shared": 800, "ex2": 544, "issue": 900}
+    assert clocks(row, "sm_90a")["tensor"] == 640
 
 
 def test_products_are_those_that_the_algorithm_needs():

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <new>
+#include <stdexcept>
 
 #include "runtime.h"
 
@@ -35,6 +36,18 @@ int run_kernel(const Args& args, const Run& run) {
   launch.seed = run.seed;
   launch.races = run.races != 0;
   return finish(run, run_grid([](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }, &args, launch));
+}
+
+// The status of launch(kernel) for the kernel that `select` finds, with which it calls its argument.
+template <class Select, class Launch>
+int run_selected(const Run& run, Select select, Launch launch) {
+  int status = 0;
+  try {
+    select([&](auto found) { status = launch(found); });
+  } catch (const std::invalid_argument& refused) {
+    return finish(run, refused.what());
+  }
+  return status;
 }
 
 }  // namespace host

@@ -41,7 +41,10 @@ def key_tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int
 
 @dataclass(frozen=True)
 class Attention:
-    """A differentiable op of the two kernels' libraries. rows: of the blocks, in both directions; add_dq: not deterministic."""
+    """A differentiable op of the two kernels' libraries. rows: of the forward's blocks; add_dq: not deterministic.
+
+    The backward's blocks have 64 rows, and 128 where `rows` is 128 and there is such a kernel.
+    """
 
     rows: int = 64
     add_dq: bool = False
@@ -67,6 +70,11 @@ class Attention:
             **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
             scale=scale, causal=causal, bfloat16=q.dtype == torch.bfloat16,
         )  # fmt: skip
+
+    def backward_rows(self, dim: int) -> tuple[int, int]:
+        """Of blocks of queries and of keys."""
+        large = self.rows == 128 and dim <= 80
+        return 128 if large else 64, 128 if large and not self.add_dq else 64
 
     def launch(self, function, *arguments) -> None:
         call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
@@ -100,8 +108,9 @@ class _Function(torch.autograd.Function):
         workspace = [guard(nan(lse.shape), strided=False) for _ in range(2)]
         if op.add_dq:
             workspace.append(guard(nan(q.shape), strided=False))
-        work = op.ordered(tiles(lengths, keys, q.shape[1], op.rows, causal))
-        by_keys = op.ordered(key_tiles(lengths, keys, k.shape[1], op.rows, causal))
+        rows, key_rows = op.backward_rows(q.shape[2])
+        work = op.ordered(tiles(lengths, keys, q.shape[1], rows, causal))
+        by_keys = op.ordered(key_tiles(lengths, keys, k.shape[1], key_rows, causal))
         views = {"grad": grad} | {f"d{n}": x.view for n, x in zip("qkv", outputs, strict=True)}
         args = VarlenAttentionBackward(
             problem=op.problem(q, k, v, o, lse, work, scale, causal), key_tiles=by_keys.data_ptr(), key_tile_count=len(by_keys),
@@ -111,7 +120,7 @@ class _Function(torch.autograd.Function):
         )  # fmt: skip
         function = load(_library("bwd_sm80", op.csrc)).backward_sm80
         for kernel in ("row_sums", "keys", "round" if op.add_dq else "queries"):
-            op.launch(function, ctypes.byref(args), kernel.encode(), op.rows)
+            op.launch(function, ctypes.byref(args), kernel.encode(), key_rows if kernel == "keys" else rows)
         results = [x.view.clone() for x in outputs]
         for guarded in (*outputs, *workspace):
             guarded.view.fill_(torch.nan)
