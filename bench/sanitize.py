@@ -33,10 +33,12 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     frames = torch.randint(256, (2, 56, 84, 3), device=device, dtype=torch.uint8)
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     schedule = attention_schedule(bounds, heads=16, device=device)
-    text_schedule = attention_schedule(bounds, heads=12, device=device)
+    text_schedule = attention_schedule(bounds, heads=12, heads_k=2, head_dim=128, causal=True, device=device)
 
-    def vision_attention(backend: str) -> Any:
-        return ops.varlen_attention(*qkv.unbind(1), schedule.cu_seqlens, schedule=schedule, backend=backend)
+    def vision_attention(backend: str, deterministic: bool = False) -> Any:
+        return ops.varlen_attention(
+            *qkv.unbind(1), schedule.cu_seqlens, schedule=schedule, deterministic=deterministic, backend=backend
+        )
 
     def text_attention(backend: str) -> Any:
         return ops.varlen_attention(
@@ -59,6 +61,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             yield op, "triton", lambda run=run: run("triton")
     if unusable("varlen_attention", "cuda", device) is None:
         yield "varlen_attention", "cuda", lambda: vision_attention("cuda")
+        yield "deterministic varlen_attention", "cuda", lambda: vision_attention("cuda", True)
         yield "causal varlen_attention", "cuda", lambda: text_attention("cuda")
 
 

@@ -269,8 +269,9 @@ class Qwen2VL(nn.Module):
             inv_freq=inv_freq.to(self.device, non_blocking=True),
             attention_scaling=scaling,
             schedule=attention_schedule(
-                bounds, heads=text.num_attention_heads, device=self.device, head_dim=text.head_dim, causal=True
-            ),
+                bounds, heads=text.num_attention_heads, heads_k=text.num_key_value_heads, device=self.device,
+                head_dim=text.head_dim, causal=True,
+            ),  # fmt: skip
             cache=cache,
             step=None if cache is None else cache.begin(list(lengths)),
         )

@@ -163,8 +163,9 @@ class AttentionSchedule:
     """What varlen attention needs to know of a pack, computed once and reused by every layer.
 
     cu_seqlens: [N + 1] int32 on the device. lengths: the N segment lengths, on the host. max_seqlen: their maximum.
-    total: their sum T. tiles: [M, 8] int32 on a CUDA device, the extension's list of work in blocks of block_m rows for this
-    number of heads and this mask; None elsewhere.
+    total: their sum T. Lists of work of the extension for these heads, this head dim and this mask, [M, 8] int32 on a CUDA
+    device, None elsewhere: tiles, of the forward, in blocks of block_m query rows; key_tiles and query_tiles, of the backward,
+    None where none was asked for.
     """
 
     cu_seqlens: torch.Tensor
@@ -172,46 +173,68 @@ class AttentionSchedule:
     max_seqlen: int
     total: int
     heads: int
+    heads_k: int
+    head_dim: int
     causal: bool
     block_m: int
     tiles: torch.Tensor | None
+    key_tiles: torch.Tensor | None = None
+    query_tiles: torch.Tensor | None = None
+
+
+BACKWARD_KEYS = 64  # rows of the backward's blocks of keys
+
+
+def backward_queries(head_dim: int) -> int:
+    """Rows of its blocks of queries: what shared memory holds."""
+    return 128 if head_dim <= 80 else 64
 
 
 def attention_schedule(
-    cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str, head_dim: int = 80, causal: bool = False
-) -> AttentionSchedule:
+    cu_seqlens_or_grid_thw: torch.Tensor, *, heads: int, device: torch.device | str, heads_k: int | None = None,
+    head_dim: int = 80, causal: bool = False, backward: bool | None = None,
+) -> AttentionSchedule:  # fmt: skip
     """Builds the schedule of a pack on the host; copies that wait for nobody, no sync if the input is on the host.
 
     Args:
         cu_seqlens_or_grid_thw: [N + 1] int32 boundaries, or an [N, 3] grid (then one segment a frame pair).
-        heads, head_dim, causal: of the attention that will use it.
+        heads, heads_k, head_dim, causal: of the attention that will use it; heads_k None = heads.
         device: where the attention runs.
+        backward: whether the backward's lists are made as well; None = torch.is_grad_enabled().
     Raises:
         TypeError, ValueError: boundaries that do not start at 0 or decrease; a bad grid; heads < 1.
     """
     check_integer("heads", heads, 1)
+    heads_k = heads if heads_k is None else heads_k
+    check_integer("heads_k", heads_k, 1)
     check_integer("head_dim", head_dim, 1)
     if check_tensor("cu_seqlens_or_grid_thw", cu_seqlens_or_grid_thw).dim() == 2:
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
     lengths, device = tuple(cu_seqlens.diff().tolist()), torch.device(device)
-    block_m, tiles = 0, None
+    block_m, lists = 0, {"tiles": None}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         block_m = block_rows(lengths, heads, head_dim, capability, causal)
-        tiles = attention_tiles(cu_seqlens, heads, block_m, causal)
+        lists["tiles"] = attention_tiles(cu_seqlens, heads, block_m, causal)
         if capability == (9, 0) and not causal:  # causal tiles of one segment differ in length, and short ones end the list
-            tiles = dealt_tiles(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-        tiles = tiles.pin_memory().to(device, non_blocking=True)
+            workers = torch.cuda.get_device_properties(device).multi_processor_count
+            lists["tiles"] = dealt_tiles(lists["tiles"], workers)
+        if torch.is_grad_enabled() if backward is None else backward:
+            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, BACKWARD_KEYS, causal)
+            lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_queries(head_dim), causal)
+        lists = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items()}
     return AttentionSchedule(
         cu_seqlens=cu_seqlens.to(device, non_blocking=True),
         lengths=lengths,
         max_seqlen=max(lengths, default=0),
         total=sum(lengths),
         heads=heads,
+        heads_k=heads_k,
+        head_dim=head_dim,
         causal=causal,
         block_m=block_m,
-        tiles=tiles,
+        **lists,
     )
 
 
@@ -245,19 +268,34 @@ def attention_tiles(cu_seqlens: torch.Tensor, heads: int, rows: int, causal: boo
     The longest segment comes first, since what starts last should be short. The blocks of one head stand together and share its
     keys in the cache; under a causal mask the last block, which sees the most keys, leads.
     """
+    start, length, head, block, blocks = _blocks(cu_seqlens, heads, rows)
+    if causal:
+        block = blocks - 1 - block
+    first = block * rows
+    count = (length - first).clamp(max=rows)
+    zero = torch.zeros_like(first)
+    return torch.stack((start + first, count, start, first + count if causal else length, head, first, zero, zero), 1).int()
+
+
+def attention_key_tiles(cu_seqlens: torch.Tensor, heads_k: int, rows: int, causal: bool) -> torch.Tensor:
+    """The backward's list of work by blocks of keys, [M, 8] int32: key_tiles of csrc/varlen_attention.h. Ordered as
+    attention_tiles orders; under a causal mask the first block is seen by the most queries.
+    """
+    start, length, head, block, _ = _blocks(cu_seqlens, heads_k, rows)
+    first = block * rows
+    unseeing = first if causal else torch.zeros_like(first)
+    columns = (start + unseeing, length - unseeing, start + first, (length - first).clamp(max=rows), head, unseeing - first)
+    return torch.stack((*columns, torch.zeros_like(first), torch.zeros_like(first)), 1).int()
+
+
+def _blocks(cu_seqlens: torch.Tensor, heads: int, rows: int) -> tuple[torch.Tensor, ...]:
+    """Of each block of `rows` rows of each head: its segment's start and length, head, number in the segment, and how many."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
     blocks = (lengths + rows - 1) // rows
     index, segment = _local_index(blocks * heads)
-    head, block = index // blocks[segment], index % blocks[segment]
-    if causal:
-        block = blocks[segment] - 1 - block
-    length, first = lengths[segment], block * rows
-    count = (length - first).clamp(max=rows)
-    keys = first + count if causal else length
-    zero = torch.zeros_like(first)
-    return torch.stack((starts[segment] + first, count, starts[segment], keys, head, first, zero, zero), 1).int()
+    return starts[segment], lengths[segment], index // blocks[segment], index % blocks[segment], blocks[segment]
 
 
 def dealt_tiles(tiles: torch.Tensor, workers: int) -> torch.Tensor:

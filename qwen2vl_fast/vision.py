@@ -14,6 +14,7 @@ from . import ops
 from .config import VisionConfig
 from .modules import LayerNorm, Linear, plain, without_bias
 from .ops.linear import linear
+from .ops.vision_attention import vision_attention
 from .positions import AttentionSchedule, attention_schedule, vision_position_ids
 from .reference import inverse_frequencies
 
@@ -50,7 +51,7 @@ class VisionTower(nn.Module):
         return Pack(
             position_ids=vision_position_ids(grid_thw, config.spatial_merge_size).to(device, non_blocking=True),
             inv_freq=inverse_frequencies(config.head_dim // 2, config.rope_theta).to(device, non_blocking=True),
-            schedule=attention_schedule(grid_thw, heads=config.num_heads, device=device),
+            schedule=attention_schedule(grid_thw, heads=config.num_heads, head_dim=config.head_dim, device=device),
         )
 
 
@@ -95,13 +96,8 @@ class VisionAttention(nn.Module):
         self.proj = Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        if torch.is_grad_enabled():
-            q, k = ops.vision_rope(q, k, pack.position_ids, inv_freq=pack.inv_freq)
-        else:
-            ops.vision_rope_(q, k, pack.position_ids, inv_freq=pack.inv_freq)
-        o = ops.varlen_attention(q, k, v, pack.schedule.cu_seqlens, schedule=pack.schedule)
-        return self.proj(o.flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(vision_attention(qkv, pack.position_ids, pack.inv_freq, pack.schedule).flatten(1))
 
 
 class VisionMLP(nn.Module):

@@ -181,6 +181,8 @@ def attention() -> Iterator[Bad]:
     yield Bad("schedule of other boundaries", moved, ValueError, "schedule: made for other boundaries than cu_seqlens")
     yield Bad("schedule is a number", call(schedule=5), TypeError, "schedule: expected what .*attention_schedule.*, got int")
     yield Bad("scale is text", call(scale="a"), TypeError, "scale: expected a number, got str")
+    yield Bad("scale is NaN", call(scale=float("nan")), ValueError, "scale: expected a finite number, got nan")
+    yield Bad("scale is infinite", call(scale=float("inf")), ValueError, "scale: expected a finite number, got inf")
 
 
 def pixels_and_loss() -> Iterator[Bad]:

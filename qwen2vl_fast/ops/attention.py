@@ -59,16 +59,16 @@ def varlen_attention(
     if schedule is not None:
         _check_schedule(schedule, cu_seqlens, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(checks.number("scale", scale))
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     name = choose("varlen_attention", backend, q.device, attention_cuda.refuses(q))
     if name == "cuda":
-        own = schedule is not None and cu_seqlens_k is None and attention_cuda.fits(schedule, q.shape[1], causal)
-        o, lse = attention_cuda.attention(
-            q, k, v, cu_seqlens, bounds_k, schedule if own else None, scale, causal, bool(deterministic)
-        )
+        own = schedule if cu_seqlens_k is None else None
+        o, lse = attention_cuda.attention(q, k, v, cu_seqlens, bounds_k, own, scale, causal, bool(deterministic))
         return (o, lse.detach()) if return_lse else o
-    if name == "torch" and not _has_varlen(q):
+    if name == "torch" and not has_varlen(q):
         o, lse = _attention(q, k, v, cu_seqlens, bounds_k, scale, causal)
         return (o, lse.detach().float()) if return_lse else o
     if schedule is not None:
@@ -122,7 +122,7 @@ def _longest(cu_seqlens: torch.Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
-def _has_varlen(q: torch.Tensor) -> bool:
+def has_varlen(q: torch.Tensor) -> bool:
     """Whether torch's own variable-length flash attention takes this tensor."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -207,7 +207,8 @@ def _plan(q, k, bounds, bounds_k, causal):
             yield (*piece, rows, length_k, mask)
 
 
-def _attention_impl(q, k, v, bounds, bounds_k, scale, causal):
+def forward(q, k, v, bounds, bounds_k, scale, causal):
+    """(o [T, H, D], lse [H, T] float32, or float64 for float64)."""
     group = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -221,8 +222,16 @@ def _attention_impl(q, k, v, bounds, bounds_k, scale, causal):
 
 
 def _attention_backward_impl(grad, q, k, v, out, lse, bounds, bounds_k, scale, causal):
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    backward_into(grads, grad, q, k, v, out, lse, bounds, bounds_k, scale, causal)
+    return grads
+
+
+def backward_into(grads, grad, q, k, v, out, lse, bounds, bounds_k, scale, causal) -> None:
+    """Writes dq, dk, dv into `grads`, of any strides."""
     group = q.shape[1] // k.shape[1]
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for x in grads:
+        x.zero_()
     for start, start_k, count, length, length_k, mask in _plan(q, k, bounds, bounds_k, causal):
         queries, o, upstream = (_heads_first(x, start, count, length) for x in (q, out, grad))
         keys, values = (_heads_first(x, start_k, count, length_k, group) for x in (k, v))
@@ -231,7 +240,6 @@ def _attention_backward_impl(grad, q, k, v, out, lse, bounds, bounds_k, scale, c
         _heads_first(grads[0], start, count, length).copy_(parts[0])
         for total, part in zip(grads[1:], parts[1:], strict=True):
             _heads_first(total, start_k, count, length_k).copy_(part.unflatten(1, (-1, group)).sum(2))
-    return tuple(grads)
 
 
 def _split_mask(mask):
@@ -292,7 +300,7 @@ def _backward(ctx, grad, grad_lse):
 _attention = define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor bounds_k, float scale, bool causal)"
     " -> (Tensor, Tensor)",
-    _attention_impl,
+    forward,
     _attention_fake,
     setup_context=_setup,
     backward=_backward,
@@ -302,6 +310,8 @@ _attention_grad = define(
     " Tensor bounds_k, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     _attention_backward_impl,
     lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
+    setup_context=lambda ctx, inputs, output: None,
+    backward=attention_cuda.no_second,
 )
 
 

@@ -6,12 +6,11 @@ import math
 
 import torch
 
-from ..positions import block_rows
+from ..positions import BACKWARD_KEYS, AttentionSchedule, backward_queries, block_rows
 from .backends import define
 
 HEAD_DIMS = (64, 80, 128)
 DTYPES = (torch.float16, torch.bfloat16)
-BACKWARD_ROWS = 64  # of the backward's blocks of keys; queries come in blocks of 128
 
 
 def refuses(q: torch.Tensor) -> str | None:
@@ -24,16 +23,19 @@ def refuses(q: torch.Tensor) -> str | None:
 
 
 def attention(q, k, v, bounds, bounds_k, schedule, scale, causal, deterministic):
-    """(o, lse) of checked arguments; differentiable. schedule: None, or one whose tiles fit this call."""
+    """(o, lse) of checked arguments; differentiable. schedule: None, or that of these very boundaries."""
     if not scale > 0:  # the running maximum is that of the scaled scores only if the scale is positive
         q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
-    tiles, rows = (None, 0) if schedule is None else (schedule.tiles, schedule.block_m)
-    return _attention(q, k, v, bounds, bounds_k, tiles, rows, scale, causal, deterministic)
+    lists = lists_of(schedule, q, k, causal)
+    return _attention(q, k, v, bounds, bounds_k, *lists, scale, causal, deterministic)
 
 
-def fits(schedule, heads: int, causal: bool) -> bool:
-    """Whether a schedule's tiles are those of a call with this many query heads."""
-    return schedule.tiles is not None and schedule.heads == heads and schedule.causal == causal
+def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool):
+    """(tiles, their rows, key_tiles, query_tiles) of the schedule as far as they are those of such a call, else None."""
+    if schedule is None or (schedule.heads, schedule.head_dim, schedule.causal) != (*q.shape[1:], causal):
+        return None, 0, None, None
+    key_tiles = schedule.key_tiles if schedule.heads_k == k.shape[1] else None
+    return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -77,39 +79,50 @@ def _problem(q, k, v, o, lse, tiles, scale: float, causal: bool):
     )  # fmt: skip
 
 
-def _attention_impl(q, k, v, bounds, bounds_k, tiles, rows, scale, causal, deterministic):
+def forward(q, k, v, bounds, bounds_k, tiles, rows, scale, causal):
+    """(o [T, H, D], lse [H, T]); tiles None: the list is built on the device."""
     from .. import _C
 
     q, k, v = map(_readable, (q, k, v))
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    capability = torch.cuda.get_device_capability(q.device)
     if tiles is None:
         count = max(bounds.numel() - 1, 1)
-        capability = torch.cuda.get_device_capability(q.device)
         rows = block_rows((math.ceil(q.shape[0] / count),) * count, q.shape[1], q.shape[2], capability, causal)
         tiles = _tiles(bounds, bounds_k, q.shape[0], k.shape[0], q.shape[1], rows, causal, False)
-    kernel = "sm_90" if torch.cuda.get_device_capability(q.device) == (9, 0) else "sm_80"
+    kernel = "sm_90" if capability == (9, 0) else "sm_80"
     _C.varlen_attention_forward(_problem(q, k, v, o, lse, tiles, scale, causal), kernel, rows, *_place(q))
     return o, lse
 
 
-def _attention_backward_impl(grad, q, k, v, o, lse, bounds, bounds_k, scale, causal, deterministic):
+def backward(grads, grad, q, k, v, o, lse, bounds, bounds_k, key_tiles, query_tiles, scale, causal, deterministic) -> None:
+    """Writes dq, dk, dv into `grads`, whose rows start at multiples of 16 bytes; a list that is None is built on the device."""
     from .. import _C
 
     grad, q, k, v, o = map(_readable, (grad, q, k, v, o))
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     workspace = lse.new_empty((2, *lse.shape))
     dq_sum = None if deterministic else lse.new_empty(q.shape)
-    rows = 128
-    lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
-    tiles = _tiles(*lengths, q.shape[1], rows, causal, False)
-    key_tiles = _tiles(*lengths, k.shape[1], BACKWARD_ROWS, causal, True)
+    lengths, rows = (bounds, bounds_k, q.shape[0], k.shape[0]), backward_queries(q.shape[2])
+    if query_tiles is None:
+        query_tiles = _tiles(*lengths, q.shape[1], rows, causal, False)
+    if key_tiles is None:
+        key_tiles = _tiles(*lengths, k.shape[1], BACKWARD_KEYS, causal, True)
     _C.varlen_attention_backward(
-        _problem(q, k, v, o, lse, tiles, scale, causal), key_tiles.data_ptr(), key_tiles.shape[0],
+        _problem(q, k, v, o, lse, query_tiles, scale, causal), key_tiles.data_ptr(), key_tiles.shape[0],
         *(x.data_ptr() for x in (grad, *grads)), workspace[0].data_ptr(), workspace[1].data_ptr(),
-        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, BACKWARD_ROWS, *_place(q),
+        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, BACKWARD_KEYS, *_place(q),
     )  # fmt: skip
-    return tuple(grads)
+
+
+def _attention_impl(q, k, v, bounds, bounds_k, tiles, rows, key_tiles, query_tiles, scale, causal, deterministic):
+    return forward(q, k, v, bounds, bounds_k, tiles, rows, scale, causal)
+
+
+def _attention_backward_impl(grad, q, k, v, *rest):
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    backward(grads, grad, q, k, v, *rest)
+    return grads
 
 
 def _attention_fake(q, k, v, *_):
@@ -118,24 +131,23 @@ def _attention_fake(q, k, v, *_):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, bounds, bounds_k, _, _, ctx.scale, ctx.causal, ctx.deterministic = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds, bounds_k)
+    q, k, v, bounds, bounds_k, _, _, key_tiles, query_tiles, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, bounds_k, key_tiles, query_tiles)
 
 
 def _backward(ctx, grad, grad_lse):
-    grads = _attention_grad(grad, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.deterministic)
-    return *grads, None, None, None, None, None, None, None
+    return *_attention_grad(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(9))
 
 
-def _no_second(ctx, *grads):
+def no_second(ctx, *grads):
     raise RuntimeError(
-        "varlen_attention: the cuda backend has no second derivative; qwen2vl_fast.reference.varlen_attention has one"
+        "varlen_attention has no second derivative on this backend; qwen2vl_fast.reference.varlen_attention has one"
     )
 
 
 _attention = define(
     "varlen_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor bounds_k, Tensor? tiles, int rows,"
-    " float scale, bool causal, bool deterministic) -> (Tensor, Tensor)",
+    " Tensor? key_tiles, Tensor? query_tiles, float scale, bool causal, bool deterministic) -> (Tensor, Tensor)",
     _attention_impl,
     _attention_fake,
     setup_context=_setup,
@@ -143,9 +155,10 @@ _attention = define(
 )
 _attention_grad = define(
     "varlen_attention_cuda_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor bounds,"
-    " Tensor bounds_k, float scale, bool causal, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    " Tensor bounds_k, Tensor? key_tiles, Tensor? query_tiles, float scale, bool causal, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor)",
     _attention_backward_impl,
     lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
     setup_context=lambda ctx, inputs, output: None,
-    backward=_no_second,
+    backward=no_second,
 )

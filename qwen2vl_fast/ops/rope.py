@@ -234,8 +234,8 @@ def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
     return outs
 
 
-def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling):
-    _kernels().launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, 1.0)
+def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling, sign=1.0):
+    _kernels().launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, sign)
 
 
 def _table(q, position_ids, inv_freq, sections):
@@ -262,19 +262,25 @@ def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling, backend
         _rotate_into(x, x, angles, scaling, 1.0)
 
 
-def _vision_rope_impl(q, k, position_ids, inv_freq, sign, backend="torch"):
+def rotated(q, k, position_ids, inv_freq, sign, backend="torch"):
+    """vision_rope of checked arguments; sign -1 turns back."""
     if backend == "triton":
         return _launched(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0, sign)
     angles = vision_rope_angles(position_ids, inv_freq)
     return _rotated(q, angles, 1.0, sign), _rotated(k, angles, 1.0, sign)
 
 
-def _vision_rope_inplace_impl(q, k, position_ids, inv_freq, backend="torch"):
+def rotate(q, k, position_ids, inv_freq, sign, backend) -> None:
+    """The same in place."""
     if backend == "triton":
-        return _launched_inplace(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0)
+        return _launched_inplace(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0, sign)
     angles = vision_rope_angles(position_ids, inv_freq)
     for x in (q, k):
-        _rotate_into(x, x, angles, 1.0, 1.0)
+        _rotate_into(x, x, angles, 1.0, sign)
+
+
+def _vision_rope_inplace_impl(q, k, position_ids, inv_freq, backend="torch"):
+    rotate(q, k, position_ids, inv_freq, 1.0, backend)
 
 
 def _fake(q, k, *_):
@@ -308,7 +314,7 @@ _mrope = define(
 _vision_rope = define(
     "vision_rope(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, float sign, str backend='torch')"
     " -> (Tensor, Tensor)",
-    _vision_rope_impl,
+    rotated,
     _fake,
     setup_context=_setup,
     backward=_backward(lambda: _vision_rope),

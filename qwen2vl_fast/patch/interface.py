@@ -50,15 +50,20 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and length > 1
-    schedule = _schedule(batch, length, query.shape[1], query.shape[3], causal, query.device)
+    shape = (batch, length, query.shape[1], key.shape[1], query.shape[3])
+    schedule = _schedule(*shape, causal, torch.is_grad_enabled(), query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, scale=scaling, causal=causal)
     return o.unflatten(0, (batch, length)), None
 
 
 @functools.lru_cache(maxsize=8)
-def _schedule(batch: int, length: int, heads: int, head_dim: int, causal: bool, device: torch.device) -> AttentionSchedule:
+def _schedule(
+    batch: int, length: int, heads: int, heads_k: int, head_dim: int, causal: bool, backward: bool, device: torch.device
+) -> AttentionSchedule:
     """Of equal segments: every layer of a forward asks for the same one."""
     with torch.inference_mode(False):  # a training step may ask next, and saves these for its backward pass
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32)
-        return attention_schedule(bounds, heads=heads, head_dim=head_dim, causal=causal, device=device)
+        return attention_schedule(
+            bounds, heads=heads, heads_k=heads_k, head_dim=head_dim, causal=causal, backward=backward, device=device
+        )

@@ -203,8 +203,8 @@ def _moved(schedule: AttentionSchedule, device: torch.device) -> AttentionSchedu
     """On the device of this block: where a model is split, accelerate moves tensors but not what a dataclass holds."""
     if schedule.cu_seqlens.device == device:
         return schedule
-    tiles = None if schedule.tiles is None else schedule.tiles.to(device)
-    return dataclasses.replace(schedule, cu_seqlens=schedule.cu_seqlens.to(device), tiles=tiles)
+    tensors = {name: x for name, x in vars(schedule).items() if isinstance(x, torch.Tensor)}
+    return dataclasses.replace(schedule, **{name: x.to(device) for name, x in tensors.items()})
 
 
 def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:

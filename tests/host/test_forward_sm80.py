@@ -11,6 +11,7 @@ import torch
 
 from tests.host import build
 from tests.host.cases import BF16, FP16, Case, check_alone, check_isolation, check_rule, check_schedules, drawn
+from tests.host.extension import TileList
 from tests.host.runner import Kernel, call, load, tiles
 
 DIMS = (64, 80, 128)
@@ -98,12 +99,6 @@ def test_shuffled_schedules(library, dim, rows):
     check_schedules(Kernel(library, "forward_sm80", rows), case, SEEDS)
 
 
-class TileList(ctypes.Structure):
-    _fields_ = [
-        ("bounds", ctypes.c_void_p), ("bounds_k", ctypes.c_void_p), ("tiles", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("N", "T", "Tk", "heads", "rows")),
-        ("causal", ctypes.c_bool), ("by_keys", ctypes.c_bool),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [64, 128, 192])

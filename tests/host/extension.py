@@ -1,0 +1,116 @@
+"""ops/attention_cuda.py on the CPU: in the place of qwen2vl_fast._C a module whose kernels are those of csrc/host.
+
+What runs is the Python of the cuda backend as it is: autograd, lists of work, pointers and strides, checkpoints. The checks
+of the boundary are those of csrc/checks.h here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import types
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import qwen2vl_fast
+from qwen2vl_fast import positions
+from qwen2vl_fast.ops import attention_cuda
+from tests.host import build
+from tests.host.backward import VarlenAttentionBackward
+from tests.host.runner import VarlenAttention, call, load
+
+backends = sys.modules["qwen2vl_fast.ops.backends"]  # qwen2vl_fast.ops offers a function of that name
+TENSORS = ("q", "k", "v", "o")
+GRADS = ("grad", "dq", "dk", "dv")
+
+
+class TileList(ctypes.Structure):
+    """csrc/varlen_attention.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("bounds", "bounds_k", "tiles")),
+        *((name, ctypes.c_int) for name in ("N", "T", "Tk", "heads", "rows")),
+        ("causal", ctypes.c_bool), ("by_keys", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+def _strides(names, pairs) -> dict[str, int]:
+    return {f"{name}_stride_{axis}": pair[i] for name, pair in zip(names, pairs, strict=True) for i, axis in enumerate("th")}
+
+
+@dataclass
+class Extension:
+    """The functions of csrc/bindings.cpp. launched: the kernels that ran, in order."""
+
+    launched: list[str]
+    grid: int = 3
+    seed: int = 0
+    races: bool = False
+
+    def VarlenAttention(
+        self, q, k, v, o, lse, tiles, tile_count, T, Tk, H, Hk, D, q_strides, k_strides, v_strides, o_strides, scale, causal,
+        bfloat16,
+    ):  # fmt: skip
+        strides = _strides(TENSORS, (q_strides, k_strides, v_strides, o_strides))
+        return VarlenAttention(
+            q=q, k=k, v=v, o=o, lse=lse, tiles=tiles, tile_count=tile_count, T=T, Tk=Tk, H=H, Hk=Hk, D=D, **strides,
+            scale=scale, causal=causal, bfloat16=bfloat16,
+        )  # fmt: skip
+
+    def varlen_attention_forward(self, problem, kernel, rows, device, stream):
+        unit = {"sm_80": "fwd_sm80", "sm_90": "fwd_sm90"}[kernel]
+        function = getattr(load(build.library(unit)), f"forward_{kernel.replace('_', '')}")
+        self._launch(f"forward {kernel} {rows}", function, ctypes.byref(problem), rows)
+
+    def varlen_attention_backward(
+        self, problem, key_tiles, key_tile_count, grad, dq, dk, dv, shift, delta, dq_sum, grad_strides, dq_strides, dk_strides,
+        dv_strides, rows, key_rows, device, stream,
+    ):  # fmt: skip
+        args = VarlenAttentionBackward(
+            problem=problem, key_tiles=key_tiles, key_tile_count=key_tile_count, grad=grad, dq=dq, dk=dk, dv=dv, shift=shift,
+            delta=delta, dq_sum=dq_sum or None, **_strides(GRADS, (grad_strides, dq_strides, dk_strides, dv_strides)),
+        )  # fmt: skip
+        function = load(build.library("bwd_sm80")).backward_sm80
+        for kernel in ("row_sums", "keys", "round" if dq_sum else "queries"):  # as in csrc/launch_bwd.cu
+            self._launch(kernel, function, ctypes.byref(args), kernel.encode(), key_rows if kernel == "keys" else rows)
+
+    def varlen_attention_tiles(self, bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys, device, stream):
+        arguments = TileList(bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys)
+        self._launch(f"tiles {rows}", load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments))
+
+    def _launch(self, name: str, function, *arguments) -> None:
+        call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
+        self.launched.append(name)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0), **options) -> Extension:
+    """From here on the cuda backend takes CPU tensors, as a device of this capability would."""
+    extension = Extension([], **options)
+    module = types.ModuleType("qwen2vl_fast._C")
+    for name in ("VarlenAttention", "varlen_attention_forward", "varlen_attention_backward", "varlen_attention_tiles"):
+        setattr(module, name, getattr(extension, name))
+    monkeypatch.setitem(sys.modules, "qwen2vl_fast._C", module)
+    monkeypatch.setattr(qwen2vl_fast, "_C", module, raising=False)
+    monkeypatch.setattr(attention_cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    plain = backends.unusable
+    monkeypatch.setattr(
+        backends, "unusable",
+        lambda op, backend, device=None: None if (op, backend) == ("varlen_attention", "cuda") else plain(op, backend, device),
+    )  # fmt: skip
+    return extension
+
+
+def schedule(cu_seqlens: torch.Tensor, *, heads: int, heads_k: int | None = None, head_dim: int = 80, causal: bool = False):
+    """positions.attention_schedule with the lists that it makes for a device of capability 8.0."""
+    heads_k = heads if heads_k is None else heads_k
+    shape = {"heads": heads, "heads_k": heads_k, "head_dim": head_dim, "causal": causal}
+    plain = positions.attention_schedule(cu_seqlens, **shape, device="cpu")
+    rows = positions.block_rows(plain.lengths, heads, head_dim, (8, 0), causal)
+    return replace(
+        plain, block_m=rows, tiles=positions.attention_tiles(cu_seqlens, heads, rows, causal),
+        key_tiles=positions.attention_key_tiles(cu_seqlens, heads_k, positions.BACKWARD_KEYS, causal),
+        query_tiles=positions.attention_tiles(cu_seqlens, heads, positions.backward_queries(head_dim), causal),
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+"""The cuda backend's Python on the CPU: what autograd, schedules and the tower make of the kernels."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwen2vl_fast import ops, positions, reference
+from qwen2vl_fast.ops import attention_cuda
+from qwen2vl_fast.ops.backends import extension_error
+from qwen2vl_fast.ops.vision_attention import vision_attention
+from tests.compare import Call, bounds_of, evaluate, judge, same_bits, upstream_of
+from tests.host import extension as host
+from tests.host.backward import key_tiles
+from tests.host.runner import packed_bounds
+from tests.host.test_bwd_sm80 import EDGES, random_case, sample
+from tests.samples import PEERS
+from tests.test_extension_attention import check_training
+from tests.test_ops_vision_attention import pack, two_ops, with_gradient
+
+op = functools.partial(ops.varlen_attention, backend="cuda")
+
+
+@pytest.fixture
+def extension(monkeypatch) -> host.Extension:
+    return host.install(monkeypatch)
+
+
+@pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
+def test_it_has_the_signatures_of_the_extension():
+    from qwen2vl_fast import _C
+
+    for name in ("VarlenAttention", "varlen_attention_forward", "varlen_attention_backward", "varlen_attention_tiles"):
+        real = getattr(_C, name)
+        text = (real.__init__ if isinstance(real, type) else real).__doc__.splitlines()[0]
+        theirs = [word for word in re.findall(r"(\w+): ", text) if word != "self"]
+        assert theirs == list(inspect.signature(getattr(host.Extension([]), name)).parameters), name
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_lengths(extension, seed):
+    """By the rule, with gradients; lists made on the device and, where the lengths are shared, those of a schedule."""
+    case = random_case(seed)
+    lengths, keys = case.pop("lengths"), case.pop("keys")
+    tensors, rest = sample(lengths, keys=keys, **case)
+    bounds, bounds_k = bounds_of(lengths), bounds_of(lengths if keys is None else keys)
+    segments = {"0": (0, bounds), "1": (1, bounds), "q": (0, bounds), "k": (0, bounds_k), "v": (0, bounds_k)}
+    rest |= {"return_lse": True, "deterministic": random.Random(seed).random() < 0.5}
+    call = Call(tensors, rest, segments)
+    definition = lambda deterministic, **arguments: reference.varlen_attention(**arguments)  # noqa: E731
+    peers = [lambda deterministic, peer=peer, **arguments: peer(**arguments) for peer in PEERS["varlen_attention"]]
+    judge(op, definition, call, peers=peers, without=(1,), name=f"seed {seed} {case}")
+
+
+@pytest.mark.parametrize(("heads_k", "causal"), [(4, False), (2, True), (1, False)])
+def test_a_schedule_changes_no_bit(extension, heads_k, causal):
+    lengths = [70, 0, 1, 200, 64]
+    tensors, rest = sample(lengths, heads=4, heads_k=heads_k, causal=causal)
+    schedule = host.schedule(rest["cu_seqlens"], heads=4, heads_k=heads_k, causal=causal)
+    found = []
+    for extra in ({}, {"schedule": schedule}, {"schedule": replace(schedule, key_tiles=None, query_tiles=None)}):
+        extension.launched.clear()
+        call = Call(tensors, {**rest, **extra, "deterministic": True, "return_lse": True})
+        found.append(evaluate(op, call, (upstream_of((tensors["q"],), 0)[0], None)))
+        built = [name for name in extension.launched if name.startswith("tiles")]
+        assert len(built) == {0: 3, 1: 0, 2: 2}[len(found) - 1], built
+    for outputs, grads in found[1:]:
+        assert all(map(same_bits, outputs, found[0][0])) and all(same_bits(g, found[0][1][n]) for n, g in grads.items())
+
+
+def test_a_schedule_of_other_heads_is_not_used(extension):
+    """Its lists would leave heads out."""
+    tensors, rest = sample([30, 9], heads=4, heads_k=2)
+    expected = op(**tensors, **rest)
+    for other in ({"heads": 2}, {"heads": 4, "causal": True}, {"heads": 4, "head_dim": 128}):
+        extension.launched.clear()
+        assert same_bits(op(**tensors, **rest, schedule=host.schedule(rest["cu_seqlens"], **other)), expected)
+        assert extension.launched[0].startswith("tiles")
+    right = host.schedule(rest["cu_seqlens"], heads=4, heads_k=2)
+    assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False)[2] is right.key_tiles
+    assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False)[2] is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_tiles(causal):
+    """Those of csrc/varlen_attention.h's description; longest segments first, and of one the blocks that most queries see."""
+    rng = random.Random(0)
+    for lengths in ([], [0, 0], [1], list(EDGES), *([rng.randint(0, 400) for _ in range(9)] for _ in range(5))):
+        for rows in (64, 128):
+            found = positions.attention_key_tiles(packed_bounds(lengths), 3, rows, causal).tolist()
+            expected = key_tiles(lengths, lengths, 3, rows, causal).tolist()
+            assert sorted(found) == sorted(expected)
+            segment = {sum(lengths[:i]) + j: n for i, n in enumerate(lengths) for j in range(n)}
+            order = [segment[tile[2]] for tile in found]
+            assert order == sorted(order, reverse=True)
+            for one, other in zip(found, found[1:], strict=False):
+                assert one[4] != other[4] or one[1] >= other[1] or segment[one[2]] != segment[other[2]]
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+def test_any_scale(extension, scale):
+    tensors, rest = sample([90, 33], dtype=torch.float16)
+    judge(op, reference.varlen_attention, Call(tensors, {**rest, "scale": scale}), peers=PEERS["varlen_attention"],
+          name=f"scale {scale}")  # fmt: skip
+
+
+def test_views_that_no_kernel_reads_are_copied(extension):
+    """Rows at odd places, one row for all tokens, a gradient whose last dim is not contiguous."""
+    tensors, rest = sample([20, 13])
+    expected = evaluate(op, Call(tensors, {**rest, "deterministic": True}), upstream_of((tensors["q"],), 0))
+    shifted = {n: x.new_empty(33, 2, 81)[..., 1:].copy_(x) for n, x in tensors.items()}
+    assert all(x.stride(-1) == 1 and x.stride(1) % 8 for x in shifted.values())
+    found = evaluate(op, Call(shifted, {**rest, "deterministic": True}), upstream_of((tensors["q"],), 0))
+    assert same_bits(found[0][0], expected[0][0]) and all(same_bits(found[1][n], g) for n, g in expected[1].items())
+    same = {n: x[:1].expand(33, -1, -1) for n, x in tensors.items()}
+    assert same_bits(op(**same, **rest), op(**{n: x.contiguous() for n, x in same.items()}, **rest))
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+    upstream = upstream_of((tensors["q"],), 0)[0]
+    across = upstream.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    grads = torch.autograd.grad(op(**leaves, **rest, deterministic=True), list(leaves.values()), across)
+    assert all(same_bits(g, expected[1][n]) for n, g in zip(leaves, grads, strict=True))
+
+
+def test_no_second_derivative(extension):
+    tensors, rest = sample([9])
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+    (grad,) = torch.autograd.grad(op(**leaves, **rest).float().square().sum(), leaves["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.float().sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(extension, reentrant):
+    tensors, rest = sample([40, 13])
+
+    def run(wrapped: bool) -> list[torch.Tensor]:
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+
+        def attend(q, k, v):
+            return op(q, k, v, deterministic=True, **rest)
+
+        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+        o = checkpoint(attend, *leaves.values()) if wrapped else attend(**leaves)
+        o.float().square().sum().backward()
+        return [x.grad for x in leaves.values()]
+
+    assert all(map(same_bits, run(False), run(True)))
+    assert sum(name.startswith("forward") for name in extension.launched) == 3
+
+
+def test_operator_checks(extension):
+    tensors, rest = sample([20, 13])
+    leaves = [x.detach().requires_grad_() for x in tensors.values()]
+    bounds = rest["cu_seqlens"]
+    schedule = host.schedule(bounds, heads=2)
+    for lists in ((None, 0, None, None), (schedule.tiles, schedule.block_m, schedule.key_tiles, schedule.query_tiles)):
+        arguments = (*leaves, bounds, bounds, *lists, 0.1, False, True)
+        torch.library.opcheck(attention_cuda._attention, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_gradient_of_qkv(extension, dtype):
+    """The kernels write dq, dk, dv into one tensor; the bits are those of the two ops one after another."""
+    position_ids, inv_freq, plain = pack("cpu")
+    schedule = host.schedule(plain.cu_seqlens, heads=2)
+    qkv = torch.randn(112, 3, 2, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        expected = with_gradient(two_ops, qkv, (position_ids, inv_freq, schedule))
+        extension.launched.clear()
+        found = with_gradient(vision_attention, qkv, (position_ids, inv_freq, schedule))
+    assert all(map(same_bits, found, expected))
+    assert extension.launched == ["forward sm_80 64", "row_sums", "keys", "queries"]
+
+
+@pytest.mark.parametrize("rows", [(24, 70), (200, 3)])
+def test_hopper(monkeypatch, rows):
+    """Capability 9.0, and that alone, takes the Hopper forward; the backward is the same."""
+    tensors, rest = sample(rows)
+    launched = {}
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        with monkeypatch.context() as patch:
+            extension = host.install(patch, capability)
+            judge(op, reference.varlen_attention, Call(tensors, rest), peers=PEERS["varlen_attention"], name=f"{capability}")
+            launched[capability] = [name for name in extension.launched if name.startswith("forward")]
+    for capability, names in launched.items():
+        assert names and all(name.startswith("forward sm_90") == (capability == (9, 0)) for name in names), launched
+
+
+def test_training_goes_as_with_torch(extension):
+    check_training("cpu", 4, least=1)
+    assert extension.launched.count("keys") == 4 * 4  # layers
+
+
+@pytest.mark.full
+def test_long_training_goes_as_with_torch(extension):
+    check_training("cpu", 50)
