@@ -9,7 +9,7 @@ import torch
 
 from qwen2vl_fast import ops, positions, reference
 from tests import oracle
-from tests.compare import FORWARD, GRADIENT, Call, bounds_of, check, error, evaluate, judge, same_bits, upstream_of
+from tests.compare import FORWARD, GRADIENT, Call, bounds_of, check, check_lse, error, evaluate, judge, same_bits, upstream_of
 from tests.samples import PEERS
 from tests.test_ops_every import dtypes, usable
 from tests.test_ops_rope import randn
@@ -59,8 +59,9 @@ def check_case(name: str, dtype: torch.dtype, device: str = "cpu", ops=ops) -> N
         call = Call(tensors, rest)
         definition, peers = reference.varlen_attention, PEERS["varlen_attention"]
         (o, lse), grads = judge(function, definition, call, peers=peers, without=(1,), name=f"{name} {backend}")
-        for out, ref, peer in zip((o, lse), (truth, truth_lse), evaluate(definition, call)[0], strict=True):
-            check(out.cpu(), ref, [error(peer.cpu(), ref)], k=FORWARD, name=f"{name} {backend}")
+        peer, _ = evaluate(definition, call)[0]
+        check(o.cpu(), truth, [error(peer.cpu(), truth)], k=FORWARD, name=f"{name} {backend}")
+        check_lse(lse.cpu(), truth_lse, f"{name} {backend}")  # torch's own, in half precision, is 5e-5 off on AVX2
         blind = truth_lse[0] == -torch.inf
         assert not o.cpu()[blind].any() and (lse.cpu()[:, blind] == -torch.inf).all()
         assert not grads["q"].cpu()[blind].any()
