@@ -23,6 +23,7 @@ from tests import test_ops_registration as registration
 from tests import test_ops_rope as rope
 from tests import test_positions as places
 from tests import test_reference as definition
+from tests.host import test_extension as lists
 from tests.mutants import altered
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -55,6 +56,7 @@ def several(check: Callable[..., None], module: str, name: str, values, **option
 
 in_ops, in_reference, in_positions = (partial(of, module) for module in ("ops", "reference", "positions"))
 vision = several(places.check_vision, "positions", "grids", places.GRIDS)
+keys = several(lists.check_key_tiles, "positions", "causal", (False, True))
 mixed = several(places.check_mrope_positions, "positions", "seed", range(12), padding="scattered")
 
 
@@ -85,6 +87,10 @@ POSITION_MUTANTS = [
      in_positions(places.check_boundaries_fit_int32)),
     ("a medium's patches counted in int64", "grid.double().prod(1)", "grid.prod(1)",
      in_positions(places.check_boundaries_fit_int32)),
+    ("queries before a block of keys see it", "unseeing = first if causal else torch.zeros_like(first)",
+     "unseeing = torch.zeros_like(first)", keys),
+    ("the first block's diagonal for all", "head, unseeing - first)", "head, unseeing)", keys),
+    ("short segments first", "lengths.argsort(descending=True, stable=True)", "lengths.argsort(stable=True)", keys),
     ("no first boundary", "torch.cat((ends.new_zeros(1), ends))", "torch.cat((ends.new_zeros(0), ends))", vision),
     ("advance by the sides alone", "torch.maximum(frames, torch.maximum(rows, columns))", "torch.maximum(rows, columns)",
      mixed),

@@ -95,6 +95,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0
     monkeypatch.setattr(qwen2vl_fast, "_C", module, raising=False)
     monkeypatch.setattr(attention_cuda, "_place", lambda x: (0, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(backends, "_chosen", {})  # choices are remembered
     plain = backends.unusable
     monkeypatch.setattr(
         backends, "unusable",

@@ -87,8 +87,7 @@ def test_a_schedule_of_other_heads_is_not_used(extension):
     assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False)[2] is None
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_key_tiles(causal):
+def check_key_tiles(causal: bool, positions=positions) -> None:
     """Those of csrc/varlen_attention.h's description; longest segments first, and of one the blocks that most queries see."""
     rng = random.Random(0)
     for lengths in ([], [0, 0], [1], list(EDGES), *([rng.randint(0, 400) for _ in range(9)] for _ in range(5))):
@@ -101,6 +100,11 @@ def test_key_tiles(causal):
             assert order == sorted(order, reverse=True)
             for one, other in zip(found, found[1:], strict=False):
                 assert one[4] != other[4] or one[1] >= other[1] or segment[one[2]] != segment[other[2]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_tiles(causal):
+    check_key_tiles(causal)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
@@ -161,7 +165,7 @@ def test_operator_checks(extension):
     schedule = host.schedule(bounds, heads=2)
     for lists in ((None, 0, None, None), (schedule.tiles, schedule.block_m, schedule.key_tiles, schedule.query_tiles)):
         arguments = (*leaves, bounds, bounds, *lists, 0.1, False, True)
-        torch.library.opcheck(attention_cuda._attention, arguments)
+        torch.library.opcheck(attention_cuda._attention.registered, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
