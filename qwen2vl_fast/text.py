@@ -15,6 +15,7 @@ from .cache import KVCache, Step
 from .config import TextConfig
 from .modules import Linear, RMSNorm
 from .ops.attention import cache_attention
+from .ops.gated import gated
 from .positions import AttentionSchedule
 
 
@@ -106,4 +107,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))

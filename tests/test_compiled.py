@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from qwen2vl_fast.kernels import activation, merge, norm, patchify, resize, rope, starting
+from qwen2vl_fast.kernels import activation, gated, merge, norm, patchify, resize, rope
 from tests.compiled import CAPABILITIES, TABLE, Launch, cases, compiled, kernels, recorded, source
 
 REGISTERS = 65536  # of a multiprocessor
@@ -101,6 +99,8 @@ def test_no_recompilation_when_lengths_change():
         note("gelu", activation.launch, x, weight, False)
         note("gelu backward", activation.launch_backward, x, x, weight, False)
         note("swiglu", activation.launch_swiglu, x)
+        note("gated", gated.launch, x, x.clone())
+        note("gated backward", gated.launch_backward, x, x, x.clone())
         note("swiglu backward", activation.launch_swiglu_backward, x[:, :80], x)
         for batch in (1, 3):
             q = torch.empty(batch, count, 4, 128, dtype=torch.float16)
@@ -113,64 +113,3 @@ def test_no_recompilation_when_lengths_change():
             note("patchify", patchify.launch, frames, torch.float16, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
     for name, found in seen.items():
         assert all(other == found[0] for other in found), f"{name}: specialised by a length"
-
-
-def test_launches_follow_their_signature():
-    """Pointers, what is not specialised, what is, constants: in this order, which a remembered binary is started by."""
-    for name, launch in cases().items():
-        parameters = launch.kernel.params
-        constants = [p.name for p in parameters if p.is_constexpr]
-        assert list(launch.options) == [*constants, "num_warps"], name
-        assert [p.name for p in parameters[len(launch.arguments) :]] == constants, name
-        kinds = [0 if isinstance(value, torch.Tensor) else 1 if p.do_not_specialize or isinstance(value, float) else 2
-                 for p, value in zip(parameters, launch.arguments, strict=False)]  # fmt: skip
-        assert kinds == sorted(kinds), name
-
-
-class Pointer(SimpleNamespace):
-    """What `start` looks at in a CUDA tensor."""
-
-    is_cuda, device = True, SimpleNamespace(index=0)
-
-    def data_ptr(self) -> int:
-        return self.place
-
-
-class Started:
-    """In the place of a kernel and of its binary: keeps what it is started with."""
-
-    def __init__(self, binary):
-        self.binary, self.calls = binary, []
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.calls.append((grid, arguments, options)) or self.binary
-
-
-def test_a_binary_serves_arguments_of_its_kind_alone(monkeypatch):
-    monkeypatch.setattr(starting, "_binaries", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
-    binary = Started(None)
-    kernel = Started(binary)
-    x, y = Pointer(dtype=torch.float16, place=256), Pointer(dtype=torch.float16, place=512)
-
-    def started(tensors=(x, y), counts=(7, 1.5), strides=(64,), constants=None, warps=4, blocks=3) -> bool:
-        """Whether the binary was taken."""
-        before = len(kernel.calls)
-        starting.start(kernel, blocks, tensors, counts, strides, constants or {"A": 1, "B": True}, warps)
-        return len(kernel.calls) == before
-
-    assert not started() and started() and started(counts=(9, 2.5), blocks=8)
-    assert binary.calls[-1] == ((8, 1, 1), (x, y, 9, 2.5, 64, 1, True), {})
-    assert kernel.calls[0] == ((3,), (x, y, 7, 1.5, 64), {"A": 1, "B": True, "num_warps": 4})
-    others = {
-        "dtypes": {"tensors": (x, Pointer(dtype=torch.float32, place=512))},
-        "strides": {"strides": (128,)},
-        "constants": {"constants": {"A": 2, "B": True}},
-        "warps": {"warps": 8},
-    }
-    for name, other in others.items():
-        assert not started(**other) and started(**other), name
-    for other in ({"tensors": (x, Pointer(dtype=torch.float16, place=514))}, {"counts": (2**31, 1.0)}):
-        assert not started(**other) and not started(**other), "remembered though the search depends on it"
-    assert started()
