@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench.passes import positions_of, random
+from bench.passes import device, positions_of, random
 from bench.timing import ceilings, measure, parser, publish, say
 from qwen2vl_fast import reference
-from qwen2vl_fast.kernels import activation, norm, patchify, rope, sums
+from qwen2vl_fast.kernels import activation, gated, norm, patchify, rope, sums
 
 TOKENS = (1024, 32768)
 SHOWN = 8
@@ -47,7 +47,7 @@ def rotation(heads: int, heads_k: int, dim: int, axes: int) -> Callable[[int], t
         q, k = qkv[:, :heads], qkv[:, heads : heads + heads_k]
         out_q, out_k = torch.empty_like(q), torch.empty_like(k)
         positions, half = positions_of(count)[:axes], dim // 2
-        table = reference.inverse_frequencies(dim if axes == 3 else half, 1e6).cuda()
+        table = reference.inverse_frequencies(dim if axes == 3 else half, 1e6).to(device())
         sections = (16, 24, 24) if axes == 3 else (half // 2, half // 2)
 
         def run() -> tuple[Any, ...]:
@@ -79,6 +79,9 @@ def activated(width: int, kind: str, backward: bool = False) -> Callable[[int], 
             if backward:
                 return lambda: (activation.launch_swiglu_backward(grad, x),), 10 * grad.numel()
             return lambda: (activation.launch_swiglu(x),), 6 * grad.numel()
+        if kind == "gated":
+            gate, up = random(count, width), random(count, width, seed=1)
+            return lambda: (gated.launch(gate, up),), 6 * gate.numel()
         x, grad, bias = random(count, width), random(count, width, seed=1), random(width, seed=2)
         quick = kind == "quick_gelu"
         if backward:
@@ -89,15 +92,15 @@ def activated(width: int, kind: str, backward: bool = False) -> Callable[[int], 
 
 
 def patches(count: int) -> tuple[Callable[[], Any], int]:
-    frames = torch.randint(256, (count // 512, 448, 448, 3), dtype=torch.uint8, device="cuda")
+    frames = torch.randint(256, (count // 512, 448, 448, 3), dtype=torch.uint8, device=device())
     return lambda: (patchify.launch(frames, torch.bfloat16, (0.01, 0.02, 0.03), (-1.0, -2.0, -3.0)),), 3 * count * 1176
 
 
 def partial_sums(count: int) -> tuple[Callable[[], Any], int]:
     """As many partial sums as a backward pass of `count` rows of 1280 leaves."""
     rows = min(count // 8, norm.PROGRAMS)
-    partial = torch.randn(rows, 2, 1280, device="cuda")
-    outs = [torch.empty(1280, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    partial = torch.randn(rows, 2, 1280, device=device())
+    outs = [torch.empty(1280, dtype=torch.bfloat16, device=device()) for _ in range(2)]
 
     def run() -> list[torch.Tensor]:
         sums.launch(partial, outs)
@@ -106,7 +109,7 @@ def partial_sums(count: int) -> tuple[Callable[[], Any], int]:
     return run, 4 * partial.numel()
 
 
-ROTATION = {"BLOCK_T": (4, 8), "PER_THREAD": (8, 16), "NUM_WARPS": (2, 4), "SHARE": (1, 2, 8)}
+ROTATION = {"BLOCK_H": (1, 2, 4), "NUM_WARPS": (1, 2, 4), "SHARE": (1, 2, 4, 8)}
 FORWARD = {"TILE": (1024, 2048, 4096), "PER_WARP": (256, 512, 1024)}
 BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (512, 1024), "BACKWARD_STAGES": (1, 2),
             "PROGRAMS": (264, 528), "ROWS": (1, 4)}  # fmt: skip
@@ -124,6 +127,7 @@ FAMILIES = {
     "gelu_5120": Family(activation, POINTWISE, activated(5120, "gelu")),
     "swiglu_18944": Family(activation, POINTWISE, activated(18944, "swiglu")),
     "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (64, 256)}, activated(5120, "gelu", True)),
+    "gated_18944": Family(gated, POINTWISE, activated(18944, "gated")),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
     "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (2, 4, 8)}, patches),
     "sums": Family(sums, {"BLOCK_R": (32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (4, 8)}, partial_sums),

@@ -14,9 +14,9 @@ import triton.language as tl
 from .offsets import blocks_of, offset, power_of_two, wide
 from .starting import start
 
-BLOCK_T, NUM_WARPS = 4, 2
-PER_THREAD = 16  # pairs that a thread turns at a time: four loads of 16 bytes in fp16; twice as many spill
-FILL, SHARE = 2048, 2  # programs before one takes a second group of heads, for which it has the angles; groups it takes then
+VECTOR = 8  # pairs side by side in a thread: one load of 16 bytes in fp16
+BLOCK_H, NUM_WARPS = 2, 2  # heads of a group: four such loads a thread, while the four of the group before are turned
+FILL, SHARE = 2048, 4  # programs before one takes a second group of heads, for which it has the angles; groups it takes then
 
 
 @triton.jit
@@ -49,19 +49,41 @@ def sincos(angle):
 
 
 @triton.jit
-def _rotate_heads(
-    x_ptr, out_ptr, row, row_out, first, stride_h, stride_out_h, cos, sin, mask,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+def _turn(
+    x_ptr, out_ptr, row, row_out, stride_h, stride_out_h, first, end, inside, pair, axis_0, axis_1, axis_2, table, table_sin,
+    scaling, HEADS: tl.constexpr, HALF: tl.constexpr, END_0: tl.constexpr, END_1: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rotates BLOCK_H heads of the tokens that start at row [BLOCK_T]. Both halves are read before either is written."""
-    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
-    head = first + tl.arange(0, BLOCK_H)[:, None, None]
-    x = x_ptr + (row[None, :, None] + offset(head, stride_h) + pair)
-    out = out_ptr + (row_out[None, :, None] + offset(head, stride_out_h) + pair)
-    a = wide(tl.load(x, mask=mask, other=0.0))
-    b = wide(tl.load(x + HALF, mask=mask, other=0.0))
-    tl.store(out, a * cos - b * sin, mask=mask)
-    tl.store(out + HALF, b * cos + a * sin, mask=mask)
+    """Turns the groups first..end of BLOCK_H heads each, of tokens that start at row [ROWS], by the pairs [ROWS, VECTOR].
+
+    While one group is turned the next is being loaded. No group is read after it was written, and both halves of a pair are in
+    registers before either is stored. table: frequencies, or cos and sin apart for float64.
+    """
+    compute: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    head = first * BLOCK_H + tl.arange(0, BLOCK_H)
+    x = x_ptr + (offset(head, stride_h)[:, None, None] + (row[:, None] + pair)[None, :, :])
+    out = out_ptr + (offset(head, stride_out_h)[:, None, None] + (row_out[:, None] + pair)[None, :, :])
+    mask = inside[None, :, None] & (head < HEADS)[:, None, None]
+    low, high = tl.load(x, mask=mask, other=0.0), tl.load(x + HALF, mask=mask, other=0.0)
+    if compute == tl.float32:
+        position = tl.where(pair < END_1, axis_1[:, None], axis_2[:, None])
+        position = tl.where(pair < END_0, axis_0[:, None], position)
+        sin, cos = sincos(position * table)
+    else:
+        sin, cos = table_sin, table
+    cos = (cos * scaling).to(compute)[None, :, :]
+    sin = (sin * (scaling * SIGN)).to(compute)[None, :, :]
+    step, step_out = offset(tl.full((), BLOCK_H, tl.int32), stride_h), offset(tl.full((), BLOCK_H, tl.int32), stride_out_h)
+    for group in range(first, end):
+        x += step
+        head += BLOCK_H
+        more = inside[None, :, None] & ((head < HEADS) & (group + 1 < end))[:, None, None]
+        next_low, next_high = tl.load(x, mask=more, other=0.0), tl.load(x + HALF, mask=more, other=0.0)
+        a, b = wide(low), wide(high)
+        tl.store(out, a * cos - b * sin, mask=mask)
+        tl.store(out + HALF, b * cos + a * sin, mask=mask)
+        out += step_out
+        low, high, mask = next_low, next_high, more
 
 
 @triton.jit(do_not_specialize=["T", "S", "share", "stride_p_a", "stride_p_b", "stride_p_s"])
@@ -72,50 +94,54 @@ def _rope_kernel(
     stride_qo_b, stride_qo_s, stride_qo_h, stride_ko_b, stride_ko_s, stride_ko_h,
     H: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr,
     END_0: tl.constexpr, END_1: tl.constexpr, PERIOD: tl.constexpr, SIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A program turns `share` groups of heads, q's before k's, of BLOCK_T tokens."""
-    groups_q: tl.constexpr = H // BLOCK_H
-    groups: tl.constexpr = groups_q + HK // BLOCK_HK
-    programs = tl.cdiv(groups, share)  # of these tokens
-    t = tl.program_id(0) // programs * BLOCK_T + tl.arange(0, BLOCK_T)
-    pair = tl.arange(0, BLOCK_HALF)
-    compute: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b, s = t // S, t % S
-    inside = t < T
-    mask = inside[:, None] & (pair < HALF)[None, :]
-    if compute == tl.float64:
-        entry = table_ptr + (offset(t, HALF)[:, None] + pair[None, :])
-        cos = tl.load(entry, mask=mask, other=0.0)
-        sin = tl.load(entry + offset(T, HALF), mask=mask, other=0.0)
+    """A program turns `share` groups of heads, of q or of k, of ROWS // chunks tokens.
+
+    A row is a chunk of VECTOR pairs of a token, so that hardly a lane idles where D/2 is no power of two (D = 80: five chunks).
+    Each thread keeps the cos and sin of its row for all heads.
+    """
+    chunks: tl.constexpr = HALF // VECTOR
+    tokens: tl.constexpr = ROWS // chunks
+    groups_q: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    groups_k: tl.constexpr = (HK + BLOCK_H - 1) // BLOCK_H
+    programs_q = tl.cdiv(groups_q, share)  # of these tokens
+    programs = programs_q + tl.cdiv(groups_k, share)
+    row = tl.arange(0, ROWS)
+    t = tl.program_id(0) // programs * tokens + row // chunks
+    inside = (t < T) & (row < tokens * chunks)
+    pair = (row % chunks * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    n, s = t // S, t % S
+    # All loads before the first use of one, here and in _turn: they wait together.
+    if q_ptr.dtype.element_ty == tl.float64:
+        entry = table_ptr + (offset(t, HALF)[:, None] + pair)
+        table = tl.load(entry, mask=inside[:, None], other=0.0)
+        table_sin = tl.load(entry + offset(T, HALF), mask=inside[:, None], other=0.0)
+        axis_0, axis_1, axis_2 = t, t, t
     else:
-        p_ptr = position_ptr + (offset(b, stride_p_b) + offset(s, stride_p_s))
-        position = tl.where((pair < END_0)[None, :], tl.load(p_ptr, mask=inside, other=0)[:, None], 0)
-        second = tl.load(p_ptr + stride_p_a, mask=inside, other=0)
-        position = tl.where(((pair >= END_0) & (pair < END_1))[None, :], second[:, None], position)
+        p_ptr = position_ptr + (offset(n, stride_p_b) + offset(s, stride_p_s))
+        axis_0 = tl.load(p_ptr, mask=inside, other=0).to(tl.float32)
+        axis_1 = tl.load(p_ptr + stride_p_a, mask=inside, other=0).to(tl.float32)
+        axis_2 = axis_1
         if AXES == 3:
-            third = tl.load(p_ptr + 2 * offset(tl.full((), 1, tl.int32), stride_p_a), mask=inside, other=0)
-            position = tl.where((pair >= END_1)[None, :], third[:, None], position)
-        freq = tl.load(table_ptr + pair % PERIOD, mask=pair < HALF, other=0.0)
-        sin, cos = sincos(position.to(tl.float32) * freq[None, :])
-    cos = (cos * scaling).to(compute)
-    sin = (sin * (scaling * SIGN)).to(compute)
-    mask = mask[None, :, :]
-    cos, sin = cos[None, :, :], sin[None, :, :]
-    row_q, row_k = offset(b, stride_q_b) + offset(s, stride_q_s), offset(b, stride_k_b) + offset(s, stride_k_s)
-    row_qo, row_ko = offset(b, stride_qo_b) + offset(s, stride_qo_s), offset(b, stride_ko_b) + offset(s, stride_ko_s)
-    first = tl.program_id(0) % programs * share
-    for group in range(first, tl.minimum(first + share, groups)):
-        if group < groups_q:
-            _rotate_heads(
-                q_ptr, q_out_ptr, row_q, row_qo, group * BLOCK_H, stride_q_h, stride_qo_h, cos, sin, mask,
-                HALF, BLOCK_H, BLOCK_HALF,
-            )  # fmt: skip
-        else:
-            _rotate_heads(
-                k_ptr, k_out_ptr, row_k, row_ko, (group - groups_q) * BLOCK_HK, stride_k_h, stride_ko_h, cos, sin, mask,
-                HALF, BLOCK_HK, BLOCK_HALF,
-            )  # fmt: skip
+            axis_2 = tl.load(p_ptr + 2 * offset(tl.full((), 1, tl.int32), stride_p_a), mask=inside, other=0).to(tl.float32)
+        table = tl.load(table_ptr + (pair if PERIOD == HALF else pair % PERIOD))
+        table_sin = table
+    part = tl.program_id(0) % programs
+    if part < programs_q:
+        first = part * share
+        _turn(
+            q_ptr, q_out_ptr, offset(n, stride_q_b) + offset(s, stride_q_s), offset(n, stride_qo_b) + offset(s, stride_qo_s),
+            stride_q_h, stride_qo_h, first, tl.minimum(first + share, groups_q), inside, pair,
+            axis_0, axis_1, axis_2, table, table_sin, scaling, H, HALF, END_0, END_1, SIGN, BLOCK_H,
+        )  # fmt: skip
+    else:
+        first = (part - programs_q) * share
+        _turn(
+            k_ptr, k_out_ptr, offset(n, stride_k_b) + offset(s, stride_k_s), offset(n, stride_ko_b) + offset(s, stride_ko_s),
+            stride_k_h, stride_ko_h, first, tl.minimum(first + share, groups_k), inside, pair,
+            axis_0, axis_1, axis_2, table, table_sin, scaling, HK, HALF, END_0, END_1, SIGN, BLOCK_H,
+        )  # fmt: skip
 
 
 def launch(
@@ -142,27 +168,21 @@ def launch(
         return
     strides = tuple([n for x in (q, k, q_out, k_out) for n in (x.stride()[:3] if batched else (0, *x.stride()[:2]))])
     axis, *rest = position_ids.stride()
-    block_t, block_h, block_hk = _tile(heads, k.shape[-2], power_of_two(dim // 2))
-    blocks, groups = blocks_of(tokens, block_t), heads // block_h + k.shape[-2] // block_hk
-    share = max(1, min(SHARE, groups, blocks * groups // FILL))
+    half = dim // 2
+    vector = min(half & -half, VECTOR)
+    rows = max(32 * NUM_WARPS, power_of_two(half // vector))
+    blocks = blocks_of(tokens, rows // (half // vector))
+    groups = [blocks_of(heads, BLOCK_H), blocks_of(k.shape[-2], BLOCK_H)]
+    share = max(1, min(SHARE, max(groups), blocks * sum(groups) // FILL))
     start(
-        _rope_kernel, blocks * blocks_of(groups, share),
+        _rope_kernel, blocks * sum([blocks_of(n, share) for n in groups]),
         (q, k, q_out, k_out, position_ids, table.contiguous()),
         (tokens, length, share, axis, *(rest if batched else (0, *rest)), scaling),
         strides,
         {
-            "H": heads, "HK": k.shape[-2], "HALF": dim // 2, "AXES": len(sections), "END_0": sections[0],
+            "H": heads, "HK": k.shape[-2], "HALF": half, "AXES": len(sections), "END_0": sections[0],
             "END_1": sections[0] + sections[1], "PERIOD": table.shape[0], "SIGN": sign,
-            "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_HK": block_hk, "BLOCK_HALF": power_of_two(dim // 2),
+            "BLOCK_H": BLOCK_H, "ROWS": rows, "VECTOR": vector,
         },
         NUM_WARPS,
     )  # fmt: skip
-
-
-def _tile(heads: int, heads_k: int, half: int) -> tuple[int, int, int]:
-    """(tokens, heads of q, heads of k) of a tile: powers of two that divide the heads, tokens that give each thread 8 pairs."""
-    threads, powers = 32 * NUM_WARPS, [n & -n for n in (heads, heads_k)]
-    fewest = min([n for n in powers if n], default=1)
-    tokens = max(BLOCK_T, 8 * threads // (half * min(fewest, 4)))
-    most = max(1, PER_THREAD * threads // (half * tokens))
-    return tokens, *(max(1, min(n, most)) for n in powers)

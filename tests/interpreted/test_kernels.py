@@ -14,7 +14,9 @@ import triton.language as tl
 from qwen2vl_fast import ops, reference
 from qwen2vl_fast.kernels import rope
 from qwen2vl_fast.kernels.offsets import offset
+from qwen2vl_fast.ops.gated import gated
 from tests.compare import check, check_pair_units, check_units, error, judge, same_bits
+from tests.interpreted.test_gated import check_gated
 from tests.models import batch, pair
 from tests.samples import PEERS, SAMPLES, Sample
 from tests.test_ops_every import (
@@ -37,10 +39,23 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 
 
+@pytest.fixture
+def one_program_for_all_heads(monkeypatch):
+    """A switch: rotations in as few programs as can be, or as they come."""
+    before = {"FILL": rope.FILL, "SHARE": rope.SHARE}
+
+    def switch(on: bool) -> None:
+        for name, value in ({"FILL": 1, "SHARE": 64} if on else before).items():
+            monkeypatch.setattr(rope, name, value)
+
+    return switch
+
+
 @every_kind
 @dtypes
-def test_rule(kind, dtype, device):
+def test_rule(kind, dtype, device, one_program_for_all_heads):
     for first, layout in enumerate(LAYOUTS):
+        one_program_for_all_heads(layout != "plain")
         sweep(check_rule, range(first, 4, 3), kind=kind, dtype=dtype, device=device, layout=layout)
 
 
@@ -64,18 +79,6 @@ def check_outputs(kind: str, seed: int, dtype: torch.dtype, device: str, layout:
     judge(run, definition, call, peers=peers, gradients=False, rms=sample.rms, seed=seed, name=name)
     for guard_ in guards:
         guard_.check(kind)
-
-
-@pytest.fixture
-def one_program_for_all_heads(monkeypatch):
-    """A switch: rotations in as few programs as can be, or as they come."""
-    before = {"FILL": rope.FILL, "SHARE": rope.SHARE}
-
-    def switch(on: bool) -> None:
-        for name, value in ({"FILL": 1, "SHARE": 64} if on else before).items():
-            monkeypatch.setattr(rope, name, value)
-
-    return switch
 
 
 @pytest.mark.full
@@ -149,6 +152,7 @@ def check_in_place(tokens: int, device: str, dtype: torch.dtype) -> None:
     for op, op_, heads, dim, axes, rest in (
         (ops.mrope, ops.mrope_, (4, 2, 2), 128, 3, {}),
         (ops.mrope, ops.mrope_, (6, 3, 3), 64, 3, {"sections": (8, 12, 12)}),
+        (ops.mrope, ops.mrope_, (3, 1, 1), 32, 3, {"sections": (4, 6, 6)}),
         (ops.vision_rope, ops.vision_rope_, (2, 2, 2), 80, 2, {}),
     ):
         buffer = torch.randn(tokens + 2, sum(heads) + 2, dim + 16, generator=generator).to(device, dtype)
@@ -165,15 +169,34 @@ def check_in_place(tokens: int, device: str, dtype: torch.dtype) -> None:
         assert all(map(same_bits, (got_q, got_k), expected)), "in place differs from the functional op"
 
 
+def check_strides(device: str) -> None:
+    """q and k whose strides have nothing in common."""
+    q, k = (torch.randn(9, heads, dim, generator=torch.Generator().manual_seed(heads)).to(device)
+            for heads, dim in ((5, 88), (4, 112)))  # fmt: skip
+    positions = torch.arange(18, device=device).view(2, 9)
+    q, k = q[..., :80], k[:, :3, :80]
+    outs, expected = (ops.vision_rope(a, b, positions, backend="triton") for a, b in ((q, k), (q.contiguous(), k.contiguous())))
+    assert all(map(same_bits, outs, expected))
+
+
+def test_strides(device, one_program_for_all_heads):
+    for on in (False, True):
+        one_program_for_all_heads(on)
+        check_strides(device)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7, 21])
-def test_in_place(tokens, device):
-    check_in_place(tokens, device, torch.float16)
+def test_in_place(tokens, device, one_program_for_all_heads):
+    for on in (False, True):
+        one_program_for_all_heads(on)
+        check_in_place(tokens, device, torch.float16)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads", [(1, 1), (7, 2), (12, 4)])
-def test_head_dims_and_counts(dim, heads, device):
+def test_head_dims_and_counts(dim, heads, device, one_program_for_all_heads):
     """Sections of every kind, an empty one too, with a fused qkv and int32 positions."""
+    one_program_for_all_heads(True)
     generator = torch.Generator().manual_seed(dim)
     qkv = torch.randn(11, sum(heads), dim, generator=generator).to(device)
     q, k = qkv.split(heads, 1)
@@ -242,6 +265,7 @@ OPS = {
     "quick_gelu": lambda x: ops.quick_gelu(x, x[0], backend="triton"),
     "gelu": lambda x: ops.gelu(x, backend="triton"),
     "swiglu": lambda x: ops.swiglu(x, backend="triton"),
+    "gated": lambda x: gated(x, 2 * x, backend="triton"),
 }  # fmt: skip
 
 
@@ -318,17 +342,23 @@ def test_automatic_choice_stays_with_torch():
 
 MUTANTS = [
     # module, the line's part, what it becomes, the kind of sample that shows it ("in place": check_in_place)
-    ("rope", "(pair >= END_0) & (pair < END_1)", "(pair > END_0) & (pair < END_1)", "vision_rope"),
-    ("rope", "(pair >= END_1)[None, :]", "(pair >= END_1 + 1)[None, :]", "mrope"),
+    ("rope", "pair < END_0", "pair <= END_0", "vision_rope"),
+    ("rope", "pair < END_1", "pair < END_1 + 1", "mrope"),
     ("rope", "sin * (scaling * SIGN)", "sin * scaling", "mrope"),
     ("rope", "b * cos + a * sin", "b * cos - a * sin", "mrope"),
-    ("rope", "offset(head, stride_h)", "offset(head, 2 * HALF)", "mrope"),
-    ("rope", "offset(b, stride_p_b)", "offset(b, S)", "mrope_batch"),
+    ("rope", "offset(head, stride_h)", "offset(head, 2 * HALF)", "strides"),
+    ("rope", "stride_k_h, stride_ko_h, first", "stride_q_h, stride_ko_h, first", "strides"),
+    ("rope", "tl.int32), stride_h)", "tl.int32), 2 * HALF)", "strides"),
+    ("rope", "offset(n, stride_p_b)", "offset(n, S)", "mrope_batch"),
     ("rope", "rest = n * 3.139164786504813e-07", "rest = n * 0.0", "mrope"),
     ("rope", "pair % PERIOD", "pair // 2", "vision_rope"),
-    ("rope", "inside = t < T", "inside = t < T + 1", "in place"),
-    ("rope", "group - groups_q", "group", "in place"),
-    ("rope", "tl.minimum(first + share, groups)", "tl.minimum(first + share, groups - 1)", "mrope"),
+    ("rope", "(row < tokens * chunks)", "(row < ROWS)", "in place"),
+    ("rope", "(head < HEADS)[:", "(head < HEADS + 1)[:", "in place"),
+    ("rope", "(head < HEADS) &", "(head < HEADS + 1) &", "in place"),
+    ("rope", "first = (part - programs_q) * share", "first = part * share", "mrope"),
+    ("rope", "tl.minimum(first + share, groups_q)", "tl.minimum(first + share, groups_q - 1)", "mrope"),
+    ("rope", "low, high, mask = next_low, next_high, more", "low, mask = next_low, more", "mrope"),
+    ("rope", "low, high, mask = next_low, next_high, more", "low, high = next_low, next_high", "in place"),
     ("norm", "x - (tl.sum(x, 1) / C)[:, None], 0.0", "x - (tl.sum(x, 1) / (C + 1))[:, None], 0.0", "layer_norm"),
     ("norm", "tl.sum(x * x, 1) / C + EPS", "tl.sum(x * x, 1) / C", "rms_norm"),
     ("norm", "grad_x = grad_x - mean_weighted[:, None]", "grad_x = grad_x", "layer_norm"),
@@ -345,6 +375,10 @@ MUTANTS = [
     ("activation", "_load(x_ptr + F, t", "_load(x_ptr, t", "swiglu"),
     ("activation", "grad * gate * s, mask", "grad * s, mask", "swiglu"),
     ("activation", "grad_bias += grad", "grad_bias = grad", "gelu"),
+    ("gated", "_load(up_ptr, t, f, stride_up_t", "_load(up_ptr, t, f, stride_gate_t", "gated"),
+    ("gated", "gate * (1.0 - s)", "gate * s", "gated"),
+    ("gated", "grad * gate * s", "grad * s", "gated"),
+    ("gated", "(t < T)", "(t < T + 1)", "gated"),
     ("patchify", "t // 2 % 2", "t % 2", "patchify"),
     ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
     ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
@@ -368,11 +402,18 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
     altered = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(altered)
     monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels"), module, altered)
+    if module == "rope":  # all heads in one program, so that it has a group after the first
+        altered.FILL, altered.SHARE = 1, 64
     if module == "norm":
         monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels.merge"), "norm", altered)
     with pytest.raises(AssertionError):
         if kind == "in place":
-            check_in_place(7, "cpu", torch.float16)
+            check_in_place(21, "cpu", torch.float16)
+        elif kind == "strides":
+            check_strides("cpu")
+        elif kind == "gated":
+            for seed in range(6):
+                check_gated(seed, torch.float32)
         elif kind == "resize":
             check_resize(["triton"], sizes=SIZES[4:6])
         else:
