@@ -11,7 +11,8 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 # Rows normalised at a time: 128 rows of a still image are 300 KB of float32, so the passes over them stay in cache.
 _BLOCK = 128
+_BAND = 1024  # rows that a thread takes at a time, as whole lines of squares
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,22 +170,42 @@ def preprocess_images(
         tokens += rows * columns // TOKEN_PIXELS
     check_tokens("images", tokens, limits.tokens)
 
-    frames = []
-    for name, image, low, high in named:
+    def frame(item: tuple[str, Any, int, int]) -> np.ndarray:
+        name, image, low, high = item
         loaded = load_image(image, limits=limits, name=name)
-        frames.append(resize_frame(loaded, resized(loaded.height, loaded.width, low, high, name))[None])
-    return pack_rows(frames)
+        return resize_frame(loaded, resized(loaded.height, loaded.width, low, high, name))[None]
+
+    # Two of the list may be one PIL object, which decodes itself when it is first looked at.
+    alone = not any(isinstance(image, Image.Image) for image in images)
+    return pack_rows(_on_threads(frame, named) if alone else list(map(frame, named)))
+
+
+def _on_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """function of each item, on as many threads as torch has: PIL and numpy work outside the interpreter's lock.
+
+    The threads end with the call, so that none is missing in a process that is forked later.
+    """
+    threads = min(len(items), torch.get_num_threads())
+    if threads < 2:
+        return list(map(function, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
 
 
 def pack_rows(media: Sequence[np.ndarray | torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Resized media, uint8 [N,H,W,3] with N = 1 or even, to one pack: rows float32 [T,1176], grids int64 [len,3]."""
     grids = [(max(1, len(frames) // 2), frames.shape[1] // PATCH, frames.shape[2] // PATCH) for frames in media]
-    rows = torch.empty(sum(math.prod(grid) for grid in grids), ROW)
+    rows = _rows(sum(math.prod(grid) for grid in grids))
     start = 0
     for frames, grid in zip(media, grids, strict=True):
         patchify_frames(frames, out=rows[start : start + math.prod(grid)])
         start += math.prod(grid)
     return rows, torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+
+
+def _rows(count: int) -> torch.Tensor:
+    """Not torch.empty: numpy asks for huge pages, and the first touch of small ones costs more than what is written to them."""
+    return torch.from_numpy(np.empty((count, ROW), np.float32))
 
 
 def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -213,7 +235,7 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
     per_pair = 1 if n == 1 else 2
     pairs, patches = n // per_pair, (height // PATCH) * (width // PATCH)
     if out is None:
-        out = torch.empty(pairs * patches, ROW)
+        out = _rows(pairs * patches)
     elif out.shape != (pairs * patches, ROW) or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"out: expected float32 [{pairs * patches}, {ROW}], got {out.dtype} {tuple(out.shape)}")
 
@@ -221,15 +243,26 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     target = out.numpy().reshape(pairs, patches, 3, 2, PATCH * PATCH)
     cells = frames.reshape(pairs, per_pair, height // FACTOR, MERGE, PATCH, width // FACTOR, MERGE, PATCH, 3)
-    for pair, rows in zip(cells, target, strict=True):
+    bands = target.reshape(pairs, height // FACTOR, width // FACTOR * MERGE * MERGE, *target.shape[2:])
+
+    def normalise(place: tuple[int, int, int]) -> None:
+        pair, first, end = place
         # Axes of a pair: frame, H/28, merge y, y, W/28, merge x, x, channel. Bytes are cheaper to move than floats.
-        values = pair.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(patches, 3, per_pair, PATCH * PATCH)
-        for start in range(0, patches, _BLOCK):
+        rows = bands[pair, first:end].reshape(-1, *target.shape[2:])
+        values = cells[pair, :, first:end].transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(len(rows), 3, per_pair, PATCH * PATCH)
+        for start in range(0, len(rows), _BLOCK):
             block = values[start : start + _BLOCK].astype(np.float32)
             block /= 255
             block -= mean
             block /= std
             rows[start : start + _BLOCK] = block
+
+    step = max(1, _BAND // max(1, width // FACTOR * MERGE * MERGE))
+    places = [(pair, first, first + step) for pair in range(pairs) for first in range(0, height // FACTOR, step)]
+    if len(places) * step * width // FACTOR * MERGE * MERGE < 2 * _BAND:
+        list(map(normalise, places))
+    else:
+        _on_threads(normalise, places)
     return out
 
 

@@ -153,6 +153,35 @@ def test_an_image_has_the_same_rows_alone_and_in_any_company():
     assert torch.equal(grid, torch.cat([part for _, part in alone]))
 
 
+def test_threads_change_nothing(monkeypatch, tmp_path):
+    """Images side by side, and the lines of one image: the same rows in the same order as one thread makes them."""
+    paths = []
+    for i, size in enumerate(((84, 140), (56, 56), (300, 200), (29, 211))):
+        paths.append(tmp_path / f"{i}.png")
+        picture(*size).save(paths[-1])
+    images = [*paths, noise(5, 60, 90, 3), paths[0].read_bytes()]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected, grids = preprocess_images(images)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(media, "_BAND", 8)
+    frames = noise(6, 6, 112, 84, 3)
+    alone = patchify_frames(frames)
+    for _ in range(5):
+        found, same = preprocess_images(images)
+        assert torch.equal(found, expected) and torch.equal(same, grids)
+        assert torch.equal(patchify_frames(frames), alone)
+    assert torch.equal(alone, slow_rows(frames))
+    one = Image.open(paths[2])  # not decoded yet, and twice in the list
+    assert torch.equal(preprocess_images([one, one])[0], preprocess_images([paths[2]] * 2)[0])
+
+
+def test_the_first_bad_image_is_named_whatever_the_threads_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    good = encoded(picture(64, 64), "PNG")
+    with pytest.raises(ValueError, match=r"images\[2\]: can't be decoded"):
+        preprocess_images([good, good, good[: len(good) // 2], good, good[: len(good) // 3]])
+
+
 def test_no_images():
     rows, grid = preprocess_images([])
     assert rows.shape == (0, 1176) and grid.shape == (0, 3) and grid.dtype == torch.int64
