@@ -18,7 +18,7 @@ import torch
 
 from bench import peers
 from bench.peers import OURS, PEERS, REPEATABLE, Missing, Problem
-from bench.timing import ceilings, measure, parser, publish, say
+from bench.timing import ceilings, keep, measure, parser, publish, say
 
 CASES: dict[str, tuple[int, ...]] = {
     "a": (1024,),
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(measure_case(case, wanted, options, ceiling["matmul_flops"], broken))
             for line in lines(rows[-1]):
                 say(options, line)
+            keep(name, options, rows, ceilings=ceiling)
     means = {peer: mean for peer in PEERS if (mean := geometric_mean(rows, peer))}
     for peer, mean in means.items():
         say(options, f"geometric mean over {peer}: {mean:.2f}x")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from bench.timing import ceilings, measure, parser, publish, say
+from bench.timing import ceilings, keep, measure, parser, publish, say
 from qwen2vl_fast import Qwen2VL
 
 # hidden, layers, heads, key-value heads, MLP, tied head
@@ -50,6 +50,10 @@ def models(size: str, layers: int | None, dtype: torch.dtype, device: str) -> tu
     finally:
         torch.set_default_dtype(default)
     return theirs, Qwen2VL.from_transformers(theirs).eval()
+
+
+def name_of(options: argparse.Namespace, device: str) -> str:
+    return f"generate_{options.size}_{device}_{options.dtype}"
 
 
 def bytes_a_token(model: Qwen2VL, batch: int, context: float) -> int:
@@ -113,6 +117,7 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, bandwidth
             "contenders": contenders,
         })  # fmt: skip
         tell(options, rows[-1])
+        keep(name_of(options, device), options, rows)
     return rows
 
 
@@ -144,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     ceiling = ceilings()
     with torch.inference_mode():
         rows = race(options, getattr(torch, options.dtype), device, ceiling["copy_bytes_per_s"])
-    publish(f"generate_{options.size}_{device}_{options.dtype}", options, rows, ceilings=ceiling)
+    publish(name_of(options, device), options, rows, ceilings=ceiling)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 # Everything that a CUDA device can settle, from a bare checkout with the Python that is there (torch, triton, pytest,
 # hypothesis, setuptools, cmake, ninja, pybind11) and nvcc:
 #
-#   bench/gpu.sh [build | test | sanitize | micro | bench [SUBJECT...] | all]      (default: all)
+#   bench/gpu.sh [build | test | sanitize | micro | bench [SUBJECT...] | all [STEP...]]      (default: all)
 #
 # PYTHON=python3              the Python to use
 # OUT=bench/results           where JSON and logs go
 # JOBS=12                     test processes that share the device
+# BUDGET=                     seconds that `all` may take (default: as long as it takes)
 #
-# Each part takes less than ten minutes; one that takes longer is stopped and counts as failed. `all` runs them all, whatever
-# fails, and ends with a summary. It measures the device as it is: no clock, power or mode is touched.
+# Each part takes less than ten minutes; one that takes longer is stopped and counts as failed. `all` takes its steps in order of
+# what they are worth, whatever fails, and ends with a summary. A step that passed on these very sources is not repeated: with
+# the same OUT a second call goes on where the first one stopped. It measures the device as it is: no clock, power or mode is
+# touched.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,6 +23,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 LIMIT=590 # seconds a part
+BUDGET=${BUDGET:-}
 
 need_device() {
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -27,7 +31,7 @@ need_device() {
 }
 
 build() {
-  timeout $LIMIT "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m qwen2vl_fast.doctor
+  timeout -k 10 $LIMIT "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m qwen2vl_fast.doctor
 }
 
 # The tests are dealt to processes; those that fill the memory run afterwards, alone.
@@ -52,11 +56,11 @@ run_tests() {
   split -n "r/$JOBS" "$parts/small" "$parts/part_"
   local part running=()
   for part in "$parts"/part_??; do
-    pytest_on "$part" &
+    pytest_on "$part" 7 &
     running+=($!)
   done
   for part in "${running[@]}"; do wait "$part" || status=1; done
-  [ ! -s "$parts/large" ] || pytest_on "$parts/large" || status=1
+  [ ! -s "$parts/large" ] || pytest_on "$parts/large" 2 || status=1
   cat "$parts"/*.log >"$OUT/gpu_test_details.log"
   grep -hE '^(FAILED|ERROR) ' "$parts"/*.log | sort
   grep -hE '^E  ' "$parts"/*.log | sort | uniq -c | sort -rn | head -n 60 | cut -c1-300
@@ -66,8 +70,8 @@ run_tests() {
   return $status
 }
 
-pytest_on() {
-  timeout $((LIMIT - 90)) xargs -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
+pytest_on() { # FILE of test names, TENTHS of the part's time
+  timeout -k 10 $((LIMIT * $2 / 10)) xargs -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
 }
 
 sanitize() {
@@ -77,28 +81,32 @@ sanitize() {
   "$PYTHON" -m bench.sanitize || return 1 # once without: what it compiles is then there
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((LIMIT / 4)) compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 $((LIMIT / 6)) compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 \
       "$PYTHON" -m bench.sanitize --tool $tool || { echo "$tool: failed ($?)"; status=1; }
   done
   # Each tool on the sm_80 kernels alone, and on copies with a bug planted, which it must find.
-  timeout $LIMIT "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_sanitizer.py || status=1
+  timeout -k 10 $((LIMIT / 4)) "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_sanitizer.py || status=1
   return $status
 }
 
 micro() {
   need_device "gpu.sh micro" || return 1
-  timeout $LIMIT "$PYTHON" -m bench.micro --output "$OUT/micro_cuda.json"
+  timeout -k 10 $LIMIT "$PYTHON" -m bench.micro --output "$OUT/micro_cuda.json"
+}
+
+subject() {
+  timeout -k 10 $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench "$@" --save "$OUT"
 }
 
 bench() {
   [ $# -gt 0 ] || set -- $("$PYTHON" -m qwen2vl_fast.cli bench --list)
-  local subject status=0
-  for subject in "$@"; do
-    echo "== $subject"
-    timeout $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench "$subject" --save "$OUT" || { echo "$subject: failed ($?)"; status=1; }
-    [ "$subject" = attention ] || continue
+  local name status=0
+  for name in "$@"; do
+    echo "== $name"
+    subject "$name" || { echo "$name: failed ($?)"; status=1; }
+    [ "$name" = attention ] || continue
     echo "== attention --backward"
-    timeout $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench attention --backward --save "$OUT" || { echo "attention --backward: failed ($?)"; status=1; }
+    subject attention --backward || { echo "attention --backward: failed ($?)"; status=1; }
   done
   return $status
 }
@@ -110,6 +118,70 @@ part() {
   return "${PIPESTATUS[0]}"
 }
 
+# What `all` does, the most valuable first: step, seconds at most, command.
+STEPS=(
+  "build 590 build"
+  "test 300 run_tests"
+  "rope 90 subject rope"
+  "mrope 90 subject mrope"
+  "attention 240 subject attention"
+  "tower 240 subject tower"
+  "merge 60 subject merge"
+  "activations 120 subject activations"
+  "generate 180 subject generate"
+  "attention_backward 240 subject attention --backward"
+  "patch 240 subject patch"
+  "train 180 subject train"
+  "preprocess 90 subject preprocess"
+  "norms 120 subject norms"
+  "patchify 60 subject patchify"
+  "stories 240 subject stories"
+  "sanitize 590 sanitize"
+  "micro 400 micro"
+  "generate_7B 240 subject generate --size 7B"
+)
+
+state() { # of the sources, in a few letters
+  find kernels qwen2vl_fast csrc bench tests -type f \( -name '*.py' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.h' -o -name '*.sh' \) \
+    -not -path '*/results/*' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12
+}
+
+all() {
+  local began=$SECONDS now failed=0 left=0 line name most command summary=()
+  now=$(state)
+  mkdir -p "$OUT/done"
+  for line in "${STEPS[@]}"; do
+    read -r name most command <<<"$line"
+    [ $# -eq 0 ] || [[ " $* " == *" $name "* ]] || continue
+    if [ "$(cat "$OUT/done/$name" 2>/dev/null)" = "$now" ]; then
+      summary+=("$name passed before")
+      continue
+    fi
+    LIMIT=$most
+    if [ -n "$BUDGET" ]; then
+      local rest=$((BUDGET - (SECONDS - began) - 10))
+      [ $LIMIT -le $rest ] || LIMIT=$rest
+      if [ $LIMIT -lt 20 ]; then
+        summary+=("$name not reached")
+        left=1
+        continue
+      fi
+    fi
+    echo "=== $name"
+    local start=$SECONDS
+    if part "$name" $command; then
+      echo "$now" >"$OUT/done/$name"
+      summary+=("$name passed in $((SECONDS - start)) s")
+    else
+      summary+=("$name FAILED in $((SECONDS - start)) s")
+      failed=1
+    fi
+  done
+  printf '%s\n' "${summary[@]}" | tee "$OUT/gpu_summary.log"
+  [ $failed = 0 ] || return 1
+  [ $left = 0 ] || return 3
+}
+
 case ${1:-all} in
   build) part build build ;;
   test) part test run_tests ;;
@@ -117,24 +189,13 @@ case ${1:-all} in
   micro) part micro micro ;;
   bench) part "bench${2:+_$2}" bench "${@:2}" ;;
   all)
-    declare -A results
-    for name in build test sanitize micro bench; do
-      echo "=== $name"
-      run=$name
-      [ $name = test ] && run=run_tests
-      start=$SECONDS
-      if part $name $run; then results[$name]="passed"; else results[$name]="FAILED"; fi
-      results[$name]+=" in $((SECONDS - start)) s"
+    for name in "${@:2}"; do
+      printf '%s\n' "${STEPS[@]}" | grep -q "^$name " || { echo "no step $name; there are: $(printf '%s\n' "${STEPS[@]}" | cut -d' ' -f1 | xargs)"; exit 2; }
     done
-    failed=0
-    for name in build test sanitize micro bench; do
-      echo "$name ${results[$name]}"
-      case ${results[$name]} in FAILED*) failed=1 ;; esac
-    done
-    exit $failed
+    all "${@:2}"
     ;;
   *)
-    sed -n '2,13p' "$0" | cut -c3-
+    sed -n '2,18p' "$0" | cut -c3-
     exit 2
     ;;
 esac

@@ -8,8 +8,8 @@ transformers and Liger are given their cos and sin tables, which a model makes o
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from bench.passes import (
     device,
     dtype,
     main,
+    peer,
     positions_of,
     random,
     tokens,
@@ -56,10 +57,8 @@ def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return q[0].transpose(0, 1), k[0].transpose(0, 1)
 
 
-def liger(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops.qwen2vl_mrope import LigerQwen2VLMRopeFunction
-
-    q, k = LigerQwen2VLMRopeFunction.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin, SECTIONS)
+def liger(function: Any, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = function.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin, SECTIONS)
     return q[0].transpose(0, 1), k[0].transpose(0, 1)
 
 
@@ -105,14 +104,15 @@ def _cases(model: str, heads: int, heads_k: int, count: int) -> Iterator[Case]:
         "transformers": with_gradients(by_table, (q, k), (grad_q, grad_k)),
         **compiled_with_gradients(by_table, (q, k), (grad_q, grad_k)),
     }
-    if importlib.util.find_spec("liger_kernel") and device() == "cuda":
+    missing: dict[str, str] = {}
+    if function := peer(missing, "Liger", "liger_kernel.ops.qwen2vl_mrope", "LigerQwen2VLMRopeFunction", "liger-kernel"):
         liger_q, liger_k = q.clone(), k.clone()  # rotated in place, and so are the gradients
-        contenders["Liger"] = lambda: liger(cos, sin, liger_q, liger_k)
+        contenders["Liger"] = lambda: liger(function, cos, sin, liger_q, liger_k)
         clones = [x.clone() for x in (q, k, grad_q, grad_k)]
-        training["Liger"] = with_gradients(functools.partial(liger, cos, sin), clones[:2], clones[2:])
+        training["Liger"] = with_gradients(functools.partial(liger, function, cos, sin), clones[:2], clones[2:])
     size = 2 * (q.numel() + k.numel()) * q.element_size()
-    yield Case(f"M-RoPE {model}", count, size, contenders, forward, group=model)
-    yield Case(f"M-RoPE {model}, forward and backward", count, 2 * size, training, both, group=model)
+    yield Case(f"M-RoPE {model}", count, size, contenders, forward, group=model, missing=missing)
+    yield Case(f"M-RoPE {model}, forward and backward", count, 2 * size, training, both, group=model, missing=missing)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, random, tokens, with_gradients
+from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, peer, random, tokens, with_gradients
 from qwen2vl_fast import ops, reference
 
 EPS = 1e-6
@@ -40,6 +40,14 @@ def rms_rows(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return weight * wide.to(total.dtype), total
 
 
+def liger(function: Any, x: Tensor, residual: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Its fused addition and RMSNorm; it has none with a LayerNorm."""
+    if bias:
+        total = x + residual
+        return function.apply(total, weight, *bias, EPS), total
+    return function.apply(x, residual, weight, EPS, 0.0, "llama", False)
+
+
 def definition(op: Callable[..., Any], x: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """In float64, of the sum as it is rounded in the tensors' dtype."""
     total = (x + residual).double()
@@ -60,10 +68,10 @@ def _cases(op: str, width: int, count: int) -> Iterator[Case]:
         return getattr(ops, op)(x, *parameters, eps=EPS, residual=residual)
 
     if op == "layer_norm":
-        name, peer, plain = "torch", add_layer_norm, add_layer_norm
+        name, other, plain = "torch", add_layer_norm, add_layer_norm
     else:
         name, plain = "transformers", rms_rows
-        peer = functools.partial(rms_module, Qwen2RMSNorm(width, EPS).to(device(), dtype()))
+        other = functools.partial(rms_module, Qwen2RMSNorm(width, EPS).to(device(), dtype()))
     leaves = (x, residual, *parameters)
 
     def forward(rows: slice) -> tuple[Tensor, ...]:
@@ -82,14 +90,25 @@ def _cases(op: str, width: int, count: int) -> Iterator[Case]:
     upstream = (grad, grad_total)
     title = f"add + {'LayerNorm' if op == 'layer_norm' else 'RMSNorm'} {width}"
     size = 4 * x.numel() * x.element_size()
-    contenders = {"qwen2vl_fast": lambda: ours(*leaves), name: lambda: peer(*leaves), **compiled(plain, *leaves)}
+    missing: dict[str, str] = {}
+    contenders = {"qwen2vl_fast": lambda: ours(*leaves), name: lambda: other(*leaves), **compiled(plain, *leaves)}
     training = {
         "qwen2vl_fast": with_gradients(ours, leaves, upstream),
-        name: with_gradients(peer, leaves, upstream),
+        name: with_gradients(other, leaves, upstream),
         **compiled_with_gradients(plain, leaves, upstream),
     }
-    yield Case(title, count, size, contenders, forward, group=title)
-    yield Case(f"{title}, forward and backward", count, 2 * size, training, both, sums=len(parameters), group=title)
+    if op == "layer_norm":
+        function = peer(missing, "Liger", "liger_kernel.ops.layer_norm", "LigerLayerNormFunction", "liger-kernel")
+    else:
+        function = peer(missing, "Liger", "liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", "liger-kernel")
+    if function:
+        call = functools.partial(liger, function)
+        contenders["Liger"], training["Liger"] = lambda: call(*leaves), with_gradients(call, leaves, upstream)
+    yield Case(title, count, size, contenders, forward, group=title, missing=missing)
+    sums = len(parameters)
+    yield Case(
+        f"{title}, forward and backward", count, 2 * size, training, both, sums=sums, group=title, missing=missing
+    )
 
 
 if __name__ == "__main__":

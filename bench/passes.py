@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import ceilings, measure, parser, publish, say
+from bench.peers import Missing, load
+from bench.timing import ceilings, keep, measure, parser, publish, say
 
 SUBJECTS = ("rope", "mrope", "merge", "norms", "activations", "patchify")
 TOKENS = (1024, 4096, 32768)
@@ -44,6 +45,16 @@ class Case:
     definition: Callable[[slice], Sequence[Tensor]]
     sums: int = 0
     group: str = field(default="")  # contenders of a group are compiled once
+    missing: dict[str, str] = field(default_factory=dict)  # peers that take no part, and why
+
+
+def peer(missing: dict[str, str], name: str, module: str, attribute: str, package: str) -> Any:
+    """The peer's function, or None and the reason in `missing`."""
+    try:
+        return load(module, attribute, package, cuda=device() == "cuda")
+    except Missing as reason:
+        missing[name] = str(reason)
+        return None
 
 
 def device() -> str:
@@ -165,6 +176,7 @@ def measure_case(case: Case, repeats: int, copy: float) -> dict[str, Any]:
         if on != "cpu" and case.tokens == TOKENS[0]:
             row["host_seconds"] = host_seconds(run, on)
         rows[name] = row
+    rows |= {name: {"missing": reason} for name, reason in case.missing.items()}
     return {"op": case.name, "tokens": case.tokens, "bytes": case.bytes, "contenders": rows}
 
 
@@ -172,6 +184,9 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
     """A row of the result for a person: microseconds, the share of copy bandwidth, cold, and the host's time of a call."""
     yield f"{row['op']}, {row['tokens']} tokens"
     for name, found in row["contenders"].items():
+        if "missing" in found:
+            yield f"  {name:<22}{found['missing']}"
+            continue
         text = f"  {name:<22}{found['seconds']['median'] * 1e6:9.1f} us {100 * found['share_of_copy']:5.0f} %"
         if "cold_seconds" in found:
             text += f"   cold {found['cold_seconds']['median'] * 1e6:8.1f} us {100 * found['cold_share_of_copy']:4.0f} %"
@@ -191,6 +206,7 @@ def run_subject(subject: str, options: argparse.Namespace, ceiling: dict[str, An
         rows.append(measure_case(case, options.repeats, ceiling["copy_bytes_per_s"]))
         for line in lines(rows[-1]):
             say(options, line)
+        keep(f"{subject}_{device()}", options, rows, ceilings=ceiling)
     publish(f"{subject}_{device()}", options, rows, ceilings=ceiling)
 
 

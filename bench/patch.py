@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import qwen2vl_fast
-from bench.timing import ceilings, measure, parser, publish, say
+from bench.timing import ceilings, keep, measure, parser, publish, say
 
 CASES = {
     "a": [(32, 32)],
@@ -28,6 +28,8 @@ CASES = {
     "e": [(128, 128)],
     "f": [(72, 72)] + [(36, 36)] * 3 + [(20, 32)] * 8 + [(16, 16)] * 16,
 }
+WIDTHS = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+TOWER: dict[str, int] = {}  # what of the tower is not as released
 TEXT = 64  # tokens of text around the images
 IMAGE, VIDEO = 3001, 3002
 TRAIN = [(36, 36)] * 4, 2048  # images and text tokens of the training step
@@ -41,13 +43,13 @@ def cuda() -> bool:
 def build(depth: int | None) -> nn.Module:
     """The 2B model; depth: layers of each tower on a CPU, where the vocabulary is small too."""
     text = {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "num_hidden_layers": depth or 28, "vocab_size": 4096 if depth else 151936, "max_position_embeddings": 32768,
+        **WIDTHS, "num_hidden_layers": depth or 28, "vocab_size": 4096 if depth else 151936, "max_position_embeddings": 32768,
         "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": True,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     config = transformers.Qwen2VLConfig(
-        **text, vision_config={"depth": depth or 32, "hidden_size": 1536}, image_token_id=IMAGE, video_token_id=VIDEO,
+        **text, vision_config={"depth": depth or 32, "hidden_size": WIDTHS["hidden_size"], **TOWER},
+        image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=3003, vision_end_token_id=3004, vision_token_id=3005,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
@@ -184,14 +186,16 @@ def training(model: nn.Module, patched: nn.Module, repeats: int, tell: Callable[
 def main(argv: list[str] | None = None) -> None:
     arguments = parser("patch", __doc__, repeats=10 if cuda() else 3)
     arguments.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    arguments.add_argument("--depth", type=int, default=None if cuda() else 4, help="layers of each tower (on the CPU 4)")
     arguments.add_argument("--parts", action="store_true", help="each part alone, on the last case (always on a CUDA device)")
     arguments.add_argument("--train", action="store_true", help="a training step too (always on a CUDA device)")
     options = arguments.parse_args(argv)
-    model = build(None if cuda() else 4)
+    model = build(options.depth)
     patched = twin(model)
     report = qwen2vl_fast.patch(patched)
     own = qwen2vl_fast.Qwen2VL.from_transformers(model)
     rows = forwards(model, patched, own, options.cases, options.repeats, lambda text: say(options, text))
+    keep(f"patch_{'cuda' if cuda() else 'cpu'}", options, rows, report=report.rows())
     say(options, str(report))
     parts = []
     if options.parts or cuda():

@@ -2,7 +2,7 @@
 
 FlashAttention-2   in torch: varlen_attn, SDPA; or the package flash-attn
 FlashAttention-3   pip install fa3-fwd==0.0.3          (forward alone, bf16, Hopper)
-FlashAttention-4   pip install flash-attn-4            (CuTe DSL: compiles at the first call)
+FlashAttention-4   pip install --pre flash-attn-4      (CuTe DSL: compiles at the first call)
 cuDNN              in torch, through SDPA
 """
 
@@ -132,7 +132,7 @@ def flash_3(problem: Problem) -> Attend:
 
 
 def flash_4(problem: Problem) -> Attend:
-    function = _function("flash_attn.cute", "flash_attn_varlen_func", "flash-attn-4", problem)
+    function = _function("flash_attn.cute", "flash_attn_varlen_func", "--pre flash-attn-4", problem)
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     if missing := set(names) - set(inspect.signature(function).parameters):
         raise Missing(f"this flash-attn-4 does not know {sorted(missing)}")
@@ -140,7 +140,12 @@ def flash_4(problem: Problem) -> Attend:
 
 
 def _function(module: str, name: str, package: str, problem: Problem) -> Callable[..., Any]:
-    if not problem.qkv.is_cuda:
+    return load(module, name, package, cuda=problem.qkv.is_cuda)
+
+
+def load(module: str, name: str, package: str, *, cuda: bool) -> Callable[..., Any]:
+    """A peer's function; Missing when it can't be had, with what to install. A package's folder alone is no package."""
+    if not cuda:
         raise Missing("needs a CUDA device")
     try:
         return getattr(importlib.import_module(module), name)

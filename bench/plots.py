@@ -6,6 +6,7 @@ Only writing needs matplotlib; whether a plot is out of date is read from the fi
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import struct
 from collections.abc import Callable
@@ -16,7 +17,13 @@ from bench.timing import RESULTS, ROOT
 
 FOLDER = ROOT / "docs" / "plots"
 OURS = "qwen2vl_fast"
-COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#f39c12", "#7f8c8d", "#27ae60")
+COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#f39c12", "#7f8c8d", "#f1948a")
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    """Ours is the first colour in every plot."""
+    others = [name for name in names if name != OURS]
+    return {name: COLOURS[0] if name == OURS else COLOURS[1 + others.index(name) % (len(COLOURS) - 1)] for name in names}
 
 
 def attention_bars(axes: Any, result: dict[str, Any]) -> None:
@@ -27,7 +34,7 @@ def attention_bars(axes: Any, result: dict[str, Any]) -> None:
     for i, name in enumerate(names):
         heights = [row["contenders"][name].get("flops", 0) / 1e12 for row in rows]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(rows))]
-        axes.bar(places, heights, width, label=name, color=COLOURS[i % len(COLOURS)])
+        axes.bar(places, heights, width, label=name, color=colours(names)[name])
     axes.axhline(result["ceilings"]["matmul_flops"] / 1e12, color="black", linestyle="--", linewidth=1)
     axes.annotate(f"matrix product {result['ceilings']['matmul']}", (0, result["ceilings"]["matmul_flops"] / 1e12),
                   xytext=(2, 3), textcoords="offset points", fontsize=8)  # fmt: skip
@@ -51,10 +58,9 @@ def tower_parts(axes: Any, result: dict[str, Any]) -> None:
     times = [row["seconds"][whole]["median"] / count * 1e9 for row, count in zip(rows, tokens, strict=True)]
     axes.scatter(range(len(rows)), times, marker="_", color="black", s=80, label=f"the whole, {whole}", zorder=3)
     floors = [row["floor_seconds"] / count * 1e9 for row, count in zip(rows, tokens, strict=True)]
-    axes.scatter(range(len(rows)), floors, marker="_", s=600, color="white", label="floor", zorder=3)
+    axes.scatter(range(len(rows)), floors, marker="_", s=600, color="#ffe14d", label="floor", zorder=3)
     axes.set_xticks(range(len(rows)), [f"({row['case']})\n{count} patches" for row, count in zip(rows, tokens, strict=True)])
     axes.set_ylabel("ns a patch, whole tower")
-    axes.set_facecolor("#dddddd")
     axes.legend(fontsize=7, ncols=3, loc="upper left")
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])
 
@@ -104,8 +110,9 @@ def decode(axes: Any, result: dict[str, Any]) -> None:
             row["limit_tokens_per_second"] if name == "limit" else row["contenders"][name]["tokens_per_second"] for row in rows
         ]
         places = [x + (i - len(names) / 2) * width for x in range(len(rows))]
-        bars = axes.bar(places, speeds, width, label=name if name != "limit" else "copy limit", color=COLOURS[i])
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        colour = colours([*names, "limit"])[name]
+        bars = axes.bar(places, speeds, width, label=name if name != "limit" else "copy limit", color=colour)
+        axes.bar_label(bars, fmt="%.3g", fontsize=8)
     axes.set_xticks(range(len(rows)), [f"{row['size']}, batch {row['batch']}, context {row['context']}" for row in rows])
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=8)
@@ -118,10 +125,9 @@ def preprocess(axes: Any, result: dict[str, Any]) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(rows))]
-        bars = axes.bar(
-            places, [row["contenders"][name]["images_per_second"] for row in rows], width, label=name, color=COLOURS[i]
-        )
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        speeds = [row["contenders"][name]["images_per_second"] for row in rows]
+        bars = axes.bar(places, speeds, width, label=name, color=colours(names)[name])
+        axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.set_xticks(range(len(rows)), [row["picture"] for row in rows], fontsize=8)
     axes.set_yscale("log")
     axes.set_ylabel("images/s")
@@ -159,7 +165,8 @@ def figures(name: str) -> list[tuple[str, str]]:
 
 
 def digest(result: dict[str, Any], draw: Callable[..., Any]) -> str:
-    return hashlib.sha256((json.dumps(result, sort_keys=True) + draw.__name__).encode()).hexdigest()
+    """Of what a plot shows and of the function that draws it."""
+    return hashlib.sha256((json.dumps(result, sort_keys=True) + inspect.getsource(draw)).encode()).hexdigest()
 
 
 def stale() -> list[Path]:

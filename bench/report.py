@@ -136,7 +136,7 @@ def passes(results: list[Result]) -> list[str]:
                 continue
             ours = row["contenders"][OURS]
             name, best = min(
-                ((n, f) for n, f in row["contenders"].items() if not n.startswith(OURS)),
+                ((n, f) for n, f in row["contenders"].items() if not n.startswith(OURS) and "seconds" in f),
                 key=lambda item: item[1]["seconds"]["median"],
             )
             ratio = best["seconds"]["median"] / ours["seconds"]["median"]
@@ -168,7 +168,8 @@ def preprocess(result: Result) -> list[str]:
         peers = [speed for name, speed in speeds.items() if not name.startswith(OURS)]
         cells = [f"{speeds[name]:.1f}" for name in names]
         rows.append([f"{row['picture']}, {row['rows']} rows", *cells, f"{speeds[OURS] / max(peers):.2f}x"])
-    lines = table(["images/s", *names, "over the best peer"], rows)
+    processor = result["rows"][0]["contenders"][OURS]["seconds"]["method"] == "processor time"
+    lines = table(["images/s of processor time" if processor else "images/s", *names, "over the best peer"], rows)
     for name, facts in result["rows"][0]["contenders"].items():
         if "missing" in facts:
             lines += ["", f"{name}: {facts['missing']}"]
@@ -208,7 +209,19 @@ def static_model(result: Result) -> list[str]:
         *devices,
         "measured over predicted time",
     ]
-    return [*lines, "", *table(head, rows)]
+    cuda = []
+    for row in result["rows"]:
+        if row["kind"] != "CUDA" or not row.get("flop") and not row.get("bytes") or "<false" in row["kernel"]:
+            continue
+        facts = [row.get(arch) for arch in ("sm_80", "sm_90")]
+        registers = " / ".join(str(fact["registers"]) if fact else "" for fact in facts)
+        shared = next(fact.get("shared") for fact in facts if fact)
+        blocks = " / ".join(str(row["resident_blocks"].get(name, "")) for name in ("A100", "H100"))
+        times = [time(row["predicted_seconds"][name]) if name in row["predicted_seconds"] else "" for name in devices]
+        kernel = row["kernel"].replace("<", "&lt;")
+        cuda.append([kernel, registers, "" if shared is None else f"{shared / 1024:.0f} KiB", blocks, *times])
+    head_cuda = ["CUDA kernel in bf16, 4 x 4096 tokens, 16 heads", head[1], "shared memory", head[2], *devices]
+    return [*lines, "", *table(head, rows), "", *table(head_cuda, cuda)]
 
 
 def _against(row: dict[str, Any]) -> str:
@@ -253,6 +266,8 @@ def tables() -> dict[str, Callable[[], str]]:
 
 def _block(lines: list[str], results: list[Result], name: str) -> str:
     notes = [line for result in results if "note" in result for line in ("", result["note"])]
+    cut = [result["command"] for result in results if result.get("partial")]
+    notes += [line for command in cut for line in ("", f"The run was stopped before it had all rows: `{command}`")]
     figures = [f"![{caption}]({path})" for path, caption in plots.figures(name)]
     return "\n".join([*lines, "", *figures, *([""] if figures else []), *sources(results), *notes])
 

@@ -8,14 +8,13 @@ The others are given their cos and sin tables, as a model makes them once a forw
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, random, tokens, with_gradients
+from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, peer, random, tokens, with_gradients
 from qwen2vl_fast import ops, positions, reference
 
 HEADS, DIM, THETA = 16, 80, 1e4
@@ -61,9 +60,8 @@ def _cases(count: int) -> Iterator[Case]:
         "transformers": with_gradients(by_table, (q, k), (grad_q, grad_k)),
         **compiled_with_gradients(by_table, (q, k), (grad_q, grad_k)),
     }
-    if device() == "cuda" and importlib.util.find_spec("flash_attn"):
-        from flash_attn.ops.triton.rotary import apply_rotary
-
+    missing: dict[str, str] = {}
+    if apply_rotary := peer(missing, "flash-attn", "flash_attn.ops.triton.rotary", "apply_rotary", "flash-attn"):
         half_cos, half_sin, other = angles.cos().to(dtype()), angles.sin().to(dtype()), qkv.clone()
 
         def flash() -> tuple[Tensor, Tensor]:
@@ -75,7 +73,7 @@ def _cases(count: int) -> Iterator[Case]:
 
         contenders |= {"flash-attn in place": flash, "flash-attn": flash_each}
     size = 2 * 2 * q.numel() * q.element_size()
-    yield Case("vision RoPE", count, size, contenders, forward)
+    yield Case("vision RoPE", count, size, contenders, forward, missing=missing)
     yield Case("vision RoPE, forward and backward", count, 2 * size, training, both)
 
 

@@ -13,14 +13,14 @@ import torch
 
 from qwen2vl_fast import ops
 from qwen2vl_fast.ops.backends import unusable
+from qwen2vl_fast.ops.gated import gated
 from qwen2vl_fast.positions import attention_schedule
 
 TOKENS, LENGTHS = 148, (1, 64, 0, 83)  # no multiple of a tile, an empty segment
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(op, backend, call) of each kernel that can run here."""
-    device = "cuda"
+def calls(dtype: torch.dtype, device: str = "cuda", kernels: str = "triton") -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(op, backend, call) of each kernel that can run on the device; kernels: the backend of the passes."""
     hidden = torch.randn(TOKENS, 1280, device=device, dtype=dtype, requires_grad=True)
     other = torch.randn(TOKENS, 1280, device=device, dtype=dtype, requires_grad=True)
     weight, bias = (torch.randn(1280, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -31,6 +31,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     text_k, text_v = (torch.randn(TOKENS, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     places = torch.arange(TOKENS, device=device).expand(3, -1).contiguous()
     frames = torch.randint(256, (2, 56, 84, 3), device=device, dtype=torch.uint8)
+    own, own_q, own_k = (x.detach().clone() for x in (qkv, text_q, text_k))  # turned in place
+    grid = torch.tensor([[1, 2, TOKENS // 2]])
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     schedule = attention_schedule(bounds, heads=16, device=device)
     text_schedule = attention_schedule(bounds, heads=12, heads_k=2, head_dim=128, causal=True, device=device)
@@ -54,11 +56,18 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         "quick_gelu": lambda backend: ops.quick_gelu(wide, wide_bias, backend=backend),
         "gelu": lambda backend: ops.gelu(wide, wide_bias, backend=backend),
         "swiglu": lambda backend: ops.swiglu(wide, backend=backend),
+        "swiglu of two": lambda backend: gated(wide[:, :2560], wide[:, 2560:], backend=backend),
+        "merge_patches from raster order": lambda backend: ops.merge_patches(
+            hidden, weight, bias, grid_thw=grid, backend=backend
+        ),
+        "mrope_": lambda backend: ops.mrope_(own_q, own_k, places, backend=backend),
+        "vision_rope_": lambda backend: ops.vision_rope_(own[:, 0], own[:, 1], places[:2], backend=backend),
         "patchify": lambda backend: ops.patchify(frames, dtype=dtype, backend=backend),
+        "patchify and resize": lambda backend: ops.patchify(frames, dtype=dtype, size=(28, 112), backend=backend),
     }
     for op, run in work.items():
-        if unusable(op, "triton", device) is None:
-            yield op, "triton", lambda run=run: run("triton")
+        if unusable(op.split(" ")[0], kernels, device) is None:
+            yield op, kernels, lambda run=run: run(kernels)
     if unusable("varlen_attention", "cuda", device) is None:
         yield "varlen_attention", "cuda", lambda: vision_attention("cuda")
         yield "deterministic varlen_attention", "cuda", lambda: vision_attention("cuda", True)
@@ -75,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         for op, backend, call in calls(dtype):
             results = call()
             results = results if isinstance(results, tuple) else (results,)
-            differentiable = [x for x in results if x.requires_grad]
+            differentiable = [x for x in results if x is not None and x.requires_grad]
             passes = "forward"
             if differentiable:
                 try:

@@ -14,6 +14,7 @@ import argparse
 import heapq
 import json
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -54,6 +55,8 @@ LAUNCH = 2e-6  # seconds that a kernel takes beyond its work when it stands in a
 EXPONENTIALS = 16  # a clock and multiprocessor
 # Share of a matrix product's rate that the attention loop reaches while it runs. Hopper: what csrc/fwd_sm90.cuh is built for.
 LOOP = {80: 0.80, 89: 0.85, 90: 0.80}
+HEADERS = ("host/runtime.h", "tiles.cuh", "fwd_sm80.cuh", "bwd_sm80.cuh", "fwd_sm90.cuh")  # those with a kernel
+PROBLEM, HEADS = 4 * (4096,), 16  # on which the CUDA kernels are predicted one by one
 KEYS = {80: 64, 89: 64, 90: 96}  # of a block; the rows are what positions.block_rows chooses
 
 # Bytes a token of each kernel in bf16: every input read once, every output written once.
@@ -85,6 +88,8 @@ MEASURED = {
     "bias gelu": ("activations", "bias + gelu 5120"),
     "swiglu 8960": ("activations", "swiglu 8960 (2B)"),
     "swiglu 18944": ("activations", "swiglu 18944 (7B)"),
+    "gated 8960": ("activations", "swiglu of two 8960 (2B)"),
+    "gated 18944": ("activations", "swiglu of two 18944 (7B)"),
     "patchify": ("patchify", "patchify"),
 }
 CLASSES = {
@@ -137,7 +142,7 @@ def triton_kernels() -> list[dict[str, Any]]:
 
 
 def cuda_kernels() -> list[dict[str, Any]]:
-    """Every kernel in the built extension. Dynamic shared memory is the launcher's and is not in the file."""
+    """Every kernel in the built extension. Dynamic shared memory is the launcher's: it comes from the sources."""
     built = sorted((ROOT / "qwen2vl_fast").glob("_C*.so"))
     if not built:
         return []
@@ -158,22 +163,64 @@ def cuda_kernels() -> list[dict[str, Any]]:
         arch = re.search(r"^arch = (\w+)", image, re.MULTILINE)
         for name, registers in re.findall(r"Function (\S+):\n\s+REG:(\d+)", image):
             row = rows.setdefault(name, {"kernel": readable(name), "kind": "CUDA", "bytes_a_token": None})
+            row["flop"], row["bytes"] = cuda_work(row["kernel"])
             row[arch[1].removesuffix("a")] = {
                 "registers": int(registers),
                 "threads": threads.get(name),
                 "instructions": instructions(listings[(arch[1], name)]),
             }
+    known = [row["kernel"] for row in rows.values() if row["kernel"].split("<")[0] not in rows]
+    shared = shared_bytes(known)
+    for row in rows.values():
+        for arch in ("sm_80", "sm_90"):
+            if arch in row:
+                row[arch]["shared"] = shared.get(row["kernel"])
     return list(rows.values())
 
 
 def readable(mangled: str) -> str:
-    """'ForwardSm80 bf16 80 2' of a mangled name: the kernel's struct, its numbers and flags."""
+    """'ForwardSm80<true, 80, 2>' of a mangled name: the kernel's struct, its numbers and flags."""
     struct = re.search(r"entryINS_(\d+)(\w+)", mangled)
     if struct is None:
         return mangled
     length = int(struct[1])
     name, rest = struct[2][:length], struct[2][length:]
-    return " ".join([name, *(value for _, value in re.findall(r"L([bij])(\d+)E", rest.split("EEEv")[0]))])
+    found = re.findall(r"L([bij])(\d+)E", rest.split("EEEv")[0])
+    values = [("false", "true")[int(value)] if kind == "b" else value for kind, value in found]
+    return f"{name}<{', '.join(values)}>" if values else name
+
+
+def shared_bytes(kernels: list[str]) -> dict[str, int]:
+    """Dynamic shared memory of the CUDA kernels: SMEM of their structs, which g++ reads as the host execution does; else {}."""
+    compiler = shutil.which("g++")
+    if compiler is None or not kernels:
+        return {}
+    headers = "".join(f'#include "{name}"\n' for name in HEADERS)
+    prints = "".join(f'  printf("%d\\n", int({name}::SMEM));\n' for name in kernels)
+    text = f"{headers}#include <cstdio>\nusing namespace qwen2vl_fast;\nint main() {{\n{prints}}}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "shared.cpp", Path(folder) / "shared"
+        source.write_text(text)
+        command = [compiler, "-std=c++17", "-w", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'host'}", source, "-o", program]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ does not read csrc/*.cuh:\n{done.stderr[-2000:]}")
+        printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return dict(zip(kernels, map(int, printed.split()), strict=True))
+
+
+def cuda_work(kernel: str) -> tuple[float, float]:
+    """(operations, bytes) of a CUDA kernel on PROBLEM at its own head dim, not causal: products of L x L x D that it makes for
+    every segment and head, tensors [T, H, D] in 16 bits that it reads and writes."""
+    name, *rest = re.findall(r"\w+", kernel)
+    dim = int(rest[1]) if len(rest) > 1 else 0
+    adds = rest[-1] == "true" if name == "BackwardKeys" else False
+    # S, P V; S, dP, dV, dK, and with the flag dQ too, added in float32; S, dP, dQ
+    products = {"ForwardSm80": 2, "ForwardSm90": 2, "BackwardKeys": 4 + adds, "BackwardQueries": 3}.get(name, 0)
+    tensors = {"ForwardSm80": 4, "ForwardSm90": 4, "BackwardKeys": 6 + 4 * adds, "BackwardQueries": 5, "RowSums": 2}
+    tensors["RoundDq"] = 3  # float32 to 16 bits
+    tokens = sum(PROBLEM)
+    return 2 * products * dim * HEADS * sum(n * n for n in PROBLEM), 2 * tensors.get(name, 0) * tokens * HEADS * dim
 
 
 def cuobjdump(flag: str, path: str) -> str:
@@ -238,11 +285,14 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "sm_90a" if device.capability == 90 else ""
             )
             if facts and facts["threads"]:
-                blocks = occupancy(facts["registers"], facts["threads"], facts.get("shared", 0), device)
+                blocks = occupancy(facts["registers"], facts["threads"], facts.get("shared") or 0, device)
                 row["resident_blocks"][name] = blocks
             if row["bytes_a_token"]:
                 floor = row["bytes_a_token"] * options.tokens / device.bandwidth / device.copy
                 row["predicted_seconds"][name] = floor + LAUNCH
+            elif facts and "flop" in row:
+                loop = device.flops * device.matmul * LOOP[device.capability]
+                row["predicted_seconds"][name] = max(row["flop"] / loop, row["bytes"] / device.bandwidth / device.copy) + LAUNCH
         if row["kernel"] in measured:
             row["measured"] = compare(measured[row["kernel"]], row["bytes_a_token"])
     return rows

@@ -23,7 +23,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 import qwen2vl_fast
 from bench.generate import SIZES, VOCAB
 from bench.preprocess import PICTURES, transformers_pil
-from bench.timing import parser, publish, say
+from bench.timing import keep, parser, publish, say
 from qwen2vl_fast import Qwen2VL
 from qwen2vl_fast.media import MIN_PIXELS, preprocess_images
 from qwen2vl_fast.positions import mrope_position_ids
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for story, paths in files(Path(folder), options.scale).items():
             rows.append(run_story(story, paths, theirs, ours, options, dtype, device))
+            keep(f"stories_{device}", options, rows)
     publish(f"stories_{device}", options, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -29,18 +30,25 @@ Run = Callable[[], Any]
 
 
 def measure(
-    contenders: dict[str, Run], *, repeats: int = 30, device: str, cold: bool = False, graph: bool = True
+    contenders: dict[str, Run],
+    *,
+    repeats: int = 30,
+    device: str,
+    cold: bool = False,
+    graph: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Seconds a call of each contender: minimum, median, maximum over rounds in which every one is timed once.
 
     On CUDA, warm: device events around the replay of a graph of several calls; cold: FLUSH_BYTES are written before each
     single call. A contender that cannot be captured (or graph=False) is called plainly between the events instead; "method"
-    says which it was ("graph", "events", or "clock" on the CPU) and "why" the reason why it is not a graph.
+    says which it was ("graph", "events", or on the CPU the clock) and "why" the reason why it is not a graph. clock: on the
+    CPU; time.process_time for what one thread takes of a machine that is shared.
 
     Returns: {contender: {"min", "median", "max", "method", "calls", perhaps "why"}}.
     """
     if not device.startswith("cuda"):
-        return _measure_cpu(contenders, repeats)
+        return _measure_cpu(contenders, repeats, clock)
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if cold else None
     prepared = {name: _prepare(run, 1 if cold else None, graph) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -57,15 +65,16 @@ def measure(
     return rows
 
 
-def _measure_cpu(contenders: dict[str, Run], repeats: int) -> dict[str, dict[str, Any]]:
+def _measure_cpu(contenders: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: _spread(times) | {"method": "clock", "calls": 1} for name, times in seconds.items()}
+                seconds[name].append(clock() - start)
+    method = "clock" if clock is time.perf_counter else "processor time"
+    return {name: _spread(times) | {"method": method, "calls": 1} for name, times in seconds.items()}
 
 
 def _spread(times: list[float]) -> dict[str, float]:
@@ -147,6 +156,7 @@ def ceilings(device: str | None = None) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a number: device, versions, commit, date."""
     cuda = torch.cuda.is_available()
@@ -238,7 +248,7 @@ def command(subject: str, options: argparse.Namespace) -> str:
     """The command line that measures this again; where the result went is no part of it."""
     words = ["qwen2vl-fast bench", subject]
     for key, value in vars(options).items():
-        if key in ("subjects", "json", "save") or value is None or value is False:
+        if key in ("subjects", "json", "save", "device") or value is None or value is False:
             continue
         words.append("--" + key.replace("_", "-"))
         words += [] if value is True else [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
@@ -251,17 +261,37 @@ def subject_of(name: str) -> str:
     return max((m for m in modules if name == m or name.startswith(m + "_")), key=len, default=name)
 
 
+def keep(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Writes NAME.json as far as it has come, marked as partial: a run that is cut short leaves what it has measured."""
+    if options.save:
+        _write(name, options, _result(name, options, rows, more) | {"partial": True})
+
+
 def publish(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """Prints and writes NAME.json as asked: environment, command, rows and whatever else (ceilings=...). Returns it.
 
     NAME is the subject, then perhaps _ and what tells its results apart.
     """
-    result = {"environment": environment(), "command": command(subject_of(name), options), **more, "rows": rows}
-    text = json.dumps(result, indent=2) + "\n"
+    result = _result(name, options, rows, more)
     if options.json:
-        print(text, end="")
+        print(_text(result), end="")
     if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        (options.save / f"{name}.json").write_text(text, encoding="utf-8")
+        _write(name, options, result)
         say(options, f"wrote {options.save / name}.json")
     return result
+
+
+def _result(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
+    return {"environment": environment(), "command": command(subject_of(name), options), **more, "rows": rows}
+
+
+def _text(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+def _write(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """By way of another file: whoever is stopped here leaves the old one or the new one, not half of it."""
+    options.save.mkdir(parents=True, exist_ok=True)
+    path = options.save / f"{name}.json"
+    path.with_suffix(".part").write_text(_text(result), encoding="utf-8")
+    path.with_suffix(".part").replace(path)

@@ -13,7 +13,7 @@ import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from bench.timing import capture, ceilings, measure, parser, publish, say, warm_up
+from bench.timing import capture, ceilings, keep, measure, parser, publish, say, warm_up
 from qwen2vl_fast import ops
 from qwen2vl_fast.config import VisionConfig
 from qwen2vl_fast.vision import VisionTower
@@ -141,7 +141,12 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: 
             row |= {"floor_seconds": floor, "share_of_floor": floor / best}
         rows.append(row)
         tell(options, row)
+        keep(name_of(options, device), options, rows, ceilings=ceiling)
     return rows
+
+
+def name_of(options: argparse.Namespace, device: str) -> str:
+    return f"tower_{device}_{options.dtype}"
 
 
 def describe(grids: tuple[tuple[int, int, int], ...]) -> str:
@@ -175,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     ceiling = ceilings()
     with torch.inference_mode():
         rows = race(options, getattr(torch, options.dtype), device, ceiling)
-    publish(f"tower_{device}_{options.dtype}", options, rows, ceilings=ceiling)
+    publish(name_of(options, device), options, rows, ceilings=ceiling)
 
 
 if __name__ == "__main__":

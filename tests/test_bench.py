@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -233,6 +235,30 @@ def test_attention_is_predicted_from_its_tiles():
     assert roof < static_model.attention_seconds((16384,), h100) < 2 * roof
 
 
+def test_work_of_the_cuda_kernels_by_hand():
+    """Of 4 x 4096 tokens, 16 heads: a product of L x L x D counts two operations, a tensor of 16 bits two bytes a value."""
+    square, values = 4 * 4096**2 * 16 * 80, 4 * 4096 * 16 * 80
+    assert static_model.cuda_work("ForwardSm90<true, 80, 192, 96, 4, false>") == (4 * square, 8 * values)
+    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, false>") == (8 * square, 12 * values)
+    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, true>") == (10 * square, 20 * values)
+    assert static_model.cuda_work("BackwardQueries<true, 80, 1, 64>")[0] == 6 * square
+    assert static_model.cuda_work("RoundDq<true, 80>") == (0, 6 * values) and static_model.cuda_work("BuildTiles") == (0, 0)
+
+
+def test_shared_memory_comes_from_the_sources():
+    """Two stages of K and V of 64 rows, padded by 16 bytes each: by hand."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the model leaves shared memory out and says so")
+    assert static_model.shared_bytes(["ForwardSm80<true, 80, 1>", "BuildTiles"]) == {
+        "ForwardSm80<true, 80, 1>": 2 * 2 * 64 * (2 * 80 + 16), "BuildTiles": 0,
+    }  # fmt: skip
+
+
+def test_names_of_kernels_are_read():
+    mangled = "_ZN12qwen2vl_fast5entryINS_11ForwardSm80ILb1ELi80ELi2EEENS_15VarlenAttentionEEEvT0_"
+    assert static_model.readable(mangled) == "ForwardSm80<true, 80, 2>"
+
+
 def test_instructions_are_counted():
     code = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -270,7 +296,7 @@ def results() -> dict[str, dict]:
     contenders = {
         "qwen2vl_fast": {"seconds": seconds(1e-3), "flops": 612e12, "share_of_matmul": 0.765, "error": 1e-3},
         "FlashAttention-3": {"seconds": seconds(2e-3), "flops": 509e12, "share_of_matmul": 0.64, "error": 1e-3},
-        "FlashAttention-4": {"missing": "not installed; pip install flash-attn-4"},
+        "FlashAttention-4": {"missing": "not installed; pip install --pre flash-attn-4"},
     }
     grids = [[1, 32, 32]]
     parts = {
@@ -376,3 +402,80 @@ def test_gpu_sh_says_what_it_can_do_and_what_is_missing(tmp_path):
     done = subprocess.run(["bash", script, "test"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "needs a CUDA device" in done.stdout
     assert "needs a CUDA device" in (tmp_path / "gpu_test.log").read_text()
+
+
+STUB = """#!/usr/bin/env bash
+echo "$@" >>"$CALLS"
+case "$*" in
+  *"bench tower"*) [ ! -e "$CALLS.broken" ] || exit 5 ;;
+  *--collect-only*) printf 'tests/a.py::test_%s\\n' 1 2 3 int32 ;;
+  *"-m pytest"*) echo "1 passed" ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpu_sh(tmp_path):
+    """Runs a copy of bench/gpu.sh in a small tree with a Python that only notes what it is asked."""
+    tree = tmp_path / "tree"
+    for folder in ("kernels", "qwen2vl_fast", "csrc", "tests", "bench"):
+        (tree / folder).mkdir(parents=True)
+        (tree / folder / "a.py").write_text(folder)
+    (tree / "bench" / "gpu.sh").write_text((report.ROOT / "bench" / "gpu.sh").read_text())
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(STUB)
+    python.chmod(0o755)
+
+    def run(*arguments: str, **environment: str) -> tuple[int, list[str], list[str]]:
+        """(exit status, the summary's or output's lines, what Python was asked)."""
+        calls.write_text("")
+        names = {"PATH": os.environ["PATH"], "OUT": str(tmp_path / "out"), "PYTHON": str(python), "CALLS": str(calls)}
+        command = ["bash", tree / "bench" / "gpu.sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=names | environment)
+        return done.returncode, done.stdout.splitlines(), calls.read_text().splitlines()
+
+    run.calls, run.tree, run.out = calls, tree, tmp_path / "out"
+    return run
+
+
+def test_gpu_sh_takes_its_steps_in_order_and_goes_on_where_it_stopped(gpu_sh):
+    (gpu_sh.calls.parent / "calls.broken").touch()
+    status, lines, calls = gpu_sh("all", "merge", "tower", "rope")
+    asked = [call.split("bench ")[1].split()[0] for call in calls]
+    assert status == 1 and asked == ["rope", "tower", "merge"], "a failure ends nothing, and worth decides the order"
+    assert [line.split(" in ")[0] for line in lines[-3:]] == ["rope passed", "tower FAILED", "merge passed"]
+    assert all(call.endswith(f"--save {gpu_sh.out}") for call in calls)
+    (gpu_sh.calls.parent / "calls.broken").unlink()
+    status, lines, calls = gpu_sh("all", "merge", "tower", "rope")
+    assert status == 0 and len(calls) == 1 and lines[-3] == "rope passed before"
+    (gpu_sh.tree / "kernels" / "a.py").write_text("changed")
+    status, _, calls = gpu_sh("all", "merge", "rope")
+    assert status == 0 and len(calls) == 2, "results of other sources are no results"
+
+
+def test_gpu_sh_keeps_to_its_budget(gpu_sh):
+    status, lines, calls = gpu_sh("all", "merge", "rope", BUDGET="25")
+    assert status == 3 and calls == [] and lines[-2:] == ["rope not reached", "merge not reached"]
+    status, lines, calls = gpu_sh("all", "merge", "rope", BUDGET="60")
+    assert status == 0 and len(calls) == 2
+
+
+def test_gpu_sh_runs_all_that_it_has(gpu_sh):
+    """Every step to its last line; what is missing here (compute-sanitizer) is said."""
+    status, lines, calls = gpu_sh("all", JOBS="2")
+    steps = [line.split()[0] for line in lines[lines.index("=== build") :] if " passed in " in line or " FAILED in " in line]
+    assert steps[0] == "build" and len(steps) == 19
+    assert [line for line in lines if "FAILED" in line] == [] or "sanitize FAILED" in str(lines)
+    tests = [call for call in calls if "--tb=short" in call]
+    assert sum(call.count("::") for call in tests) == 4 and "int32" in tests[-1], "those that fill the memory come last, alone"
+    assert any("attention --backward" in call for call in calls) and any("--size 7B" in call for call in calls)
+    status, lines, _ = gpu_sh("all", "no_such_step")
+    assert status == 2 and "there are: build test rope" in lines[0]
+
+
+def test_every_step_of_gpu_sh_is_a_subject():
+    text = (report.ROOT / "bench" / "gpu.sh").read_text()
+    named = set(re.findall(r" subject (\w+)", text))
+    subjects = {path.stem for path in (report.ROOT / "bench").glob("*.py")}
+    assert named <= subjects and {"attention", "rope", "mrope", "merge", "norms", "activations", "patchify", "tower", "patch",
+                                  "generate", "train", "preprocess"} <= named  # fmt: skip

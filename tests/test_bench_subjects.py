@@ -1,0 +1,174 @@
+"""Every subject of bench/ from its command line to its last line, at small sizes: a name or a shape that does not fit is found
+here and not on a device. What runs on a device alone (sweeps, the sanitizers' program) is driven as far as a CPU goes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from bench import generate, passes, patch, peers, preprocess, sanitize, stories, sweep, timing, tower
+from tests.compiled import compiled, recorded
+
+TINY = (256, 1, 2, 1, 64, True)  # hidden, layers, heads, key-value heads, MLP, tied
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Ceilings from a few megabytes; no subject asks for more than a blink of them here."""
+    facts = {"copy_bytes_per_s": 1e10, "copies": {"copy": 1e10}, "matmul_flops": 1e11, "matmul": "2048^3 float32"}
+    for module in ("passes", "attention", "tower", "generate", "patch", "train"):
+        monkeypatch.setattr(importlib.import_module(f"bench.{module}"), "ceilings", lambda *_: facts)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Models of bench.patch and bench.train with both head dims of the released ones, and little else."""
+    monkeypatch.setattr(
+        patch, "WIDTHS", {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    )
+    monkeypatch.setattr(patch, "TOWER", {"embed_dim": 160, "num_heads": 2})
+
+
+def saved(folder) -> dict[str, dict]:
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert not list(folder.glob("*.part"))
+    assert all({"environment", "command", "rows"} <= set(result) and "partial" not in result for result in found.values())
+    return found
+
+
+@pytest.mark.parametrize("subject", passes.SUBJECTS)
+def test_passes(subject, tmp_path, monkeypatch, capsys):
+    """Each judged against its float64 definition; a peer that is not there is a row that says so."""
+    count = 1024 if subject in ("rope", "merge", "patchify") else 64
+    monkeypatch.setattr(passes, "TOKENS", (count,))
+    importlib.import_module(f"bench.{subject}")
+    passes.main((subject,), subject, ["--repeats", "1", "--save", str(tmp_path)])
+    (result,) = saved(tmp_path).values()
+    assert all("seconds" in row["contenders"]["qwen2vl_fast"] and row["tokens"] == count for row in result["rows"])
+    contenders = [item for row in result["rows"] for item in row["contenders"].items()]
+    reasons = {name: facts["missing"] for name, facts in contenders if "missing" in facts}
+    expected = {"rope": {"flash-attn"}, "mrope": {"Liger"}, "norms": {"Liger"}, "activations": {"Liger"}}.get(subject, set())
+    assert set(reasons) == expected and set(reasons.values()) <= {"needs a CUDA device"}
+    text = capsys.readouterr().out
+    assert all(f"{name:<22}needs a CUDA device" in text for name in expected)
+
+
+def test_tower(tmp_path):
+    tower.main(["--cases", "1", "--depth", "1", "--repeats", "1", "--save", str(tmp_path)])
+    (row,) = saved(tmp_path)["tower_cpu_float32"]["rows"]
+    assert row["error"] < 1e-4 and set(row["seconds"]) == {tower.THEIRS, tower.OURS}
+
+
+def test_parts_of_the_tower():
+    """They are timed on devices alone, but any device will do."""
+    _, ours = tower.towers(torch.float32, "cpu", 1)
+    with torch.inference_mode():
+        found = tower.parts(ours, torch.tensor([[1, 4, 6]]), torch.float32, "cpu", 1)
+    assert len(found) == 8 and all(part["seconds"] > 0 and (part["flop"] > 0) != (part["bytes"] > 0) for part in found.values())
+
+
+def test_generate(tmp_path, monkeypatch):
+    monkeypatch.setitem(generate.SIZES, "2B", TINY)
+    sizes = ["--layers", "1", "--context", "8", "--tokens", "2", "--batch", "1", "2"]
+    generate.main([*sizes, "--repeats", "1", "--save", str(tmp_path)])
+    rows = saved(tmp_path)["generate_2B_cpu_float32"]["rows"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert all(set(row["contenders"]) == {generate.THEIRS, generate.OURS} for row in rows)
+
+
+def test_stories(tmp_path, monkeypatch):
+    monkeypatch.setitem(stories.SIZES, "2B", TINY)
+    sizes = ["--layers", "1", "--depth", "1", "--scale", "0.1", "--tokens", "2"]
+    stories.main([*sizes, "--repeats", "1", "--save", str(tmp_path)])
+    rows = saved(tmp_path)["stories_cpu"]["rows"]
+    assert [row["kind"] for row in rows] == ["images", "images", "videos"]
+
+
+def test_patch(tmp_path, narrow):
+    patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--parts", "--train", "--save", str(tmp_path)])
+    result = saved(tmp_path)["patch_cpu"]
+    assert [row["case"] for row in result["rows"]] == ["a", "training step"] and result["parts"]
+
+
+def test_train(tmp_path, capsys, narrow):
+    from bench import train
+
+    train.main(["--depth", "1", "--text", "16", "--repeats", "1", "--save", str(tmp_path)])
+    (row,) = saved(tmp_path)["train_cpu"]["rows"]
+    assert row["contenders"][train.FLASH] == {"missing": "needs a CUDA device"}
+    assert "needs a CUDA device" in capsys.readouterr().out
+    errors = [error for facts in row["contenders"].values() if "loss" in facts for error in facts["gradient_errors"]]
+    assert len(errors) == 9 and max(errors) < 1e-4
+
+
+def test_a_model_that_trains_on_something_else_is_not_timed(monkeypatch, narrow):
+    from bench import train
+
+    model = patch.build(1)
+    monkeypatch.setattr(train, "gradients", lambda one, seen=[]: seen.append(0) or [torch.ones(2) * len(seen)])
+    with pytest.raises(RuntimeError, match="relative errors of the gradients"):
+        train.race(model, [(4, 4)], 8, [train.THEIRS], 1)
+
+
+def test_preprocess(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess, "SIZES", {"thumbnail": ("photo.jpg", 112, 112)})
+    preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
+    (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
+    assert row["contenders"][preprocess.OURS]["largest_difference"] < 1e-5
+
+
+def test_rows_made_on_a_device_are_those_made_on_the_host(tmp_path, monkeypatch):
+    """The bits of the host's, rounded: both resizes give the same levels."""
+    monkeypatch.setattr(preprocess, "SIZES", {"small": ("photo.jpg", 150, 110), "large": ("page.png", 112, 168)})
+    for path in preprocess.pictures(tmp_path).values():
+        found, expected = preprocess.ours_on("cpu")(path).float(), preprocess.ours(path)
+        assert found.shape == expected.shape and (found - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", sweep.FAMILIES)
+def test_every_setting_of_a_sweep_launches(name):
+    family = sweep.FAMILIES[name]
+    before = {key: getattr(family.module, key) for key in family.settings}
+    kinds = set()
+    run, size = family.call(1024 if name == "patchify" else 64)
+    for _ in sweep.settings(family):
+        with recorded() as launches:
+            run()
+        kinds.add(tuple(sorted((key, value) for key, value in launches[0].options.items())))
+        assert size > 0 and launches
+    assert len(kinds) > 1, "the settings change nothing"
+    assert before == {key: getattr(family.module, key) for key in family.settings}
+
+
+def test_the_widest_setting_of_a_rotation_compiles():
+    rope = sweep.FAMILIES["vision_rope"]
+    for row in sweep.settings(rope):
+        if row == {"BLOCK_H": 4, "NUM_WARPS": 4, "SHARE": 8}:
+            with recorded() as launches:
+                rope.call(32768)[0]()
+    assert compiled(launches[0], 90)["stack"] == 0
+
+
+def test_the_program_under_the_sanitizers():
+    """Its calls on the CPU, where the torch backend stands for the kernels."""
+    names = [op for op, _, call in sanitize.calls(torch.float32, "cpu", "torch") if call() is not None or op.endswith("_")]
+    assert len(names) == 14
+
+
+def test_a_partial_result_is_kept_and_marked(tmp_path):
+    options = timing.parser("rope", "x").parse_args(["--save", str(tmp_path)])
+    timing.keep("rope_cpu", options, [{"op": "x"}])
+    assert json.loads((tmp_path / "rope_cpu.json").read_text())["partial"] is True
+    timing.publish("rope_cpu", options, [{"op": "x"}])
+    assert "partial" not in json.loads((tmp_path / "rope_cpu.json").read_text())
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    """FlashAttention-4 brings a folder flash_attn without what flash-attn has in its own."""
+    (tmp_path / "flash_attn_of_another" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(peers.Missing, match="pip install flash-attn"):
+        peers.load("flash_attn_of_another.ops.triton.rotary", "apply_rotary", "flash-attn", cuda=True)
