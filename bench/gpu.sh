@@ -124,6 +124,7 @@ STEPS=(
   "test 300 run_tests"
   "rope 90 subject rope"
   "mrope 90 subject mrope"
+  "host 60 subject host"
   "attention 240 subject attention"
   "tower 240 subject tower"
   "merge 60 subject merge"

@@ -177,7 +177,7 @@ def launch(
     start(
         _rope_kernel, blocks * sum([blocks_of(n, share) for n in groups]),
         (q, k, q_out, k_out, position_ids, table.contiguous()),
-        (tokens, length, share, axis, *(rest if batched else (0, *rest)), scaling),
+        (tokens, length, share, axis, *(rest if batched else (0, *rest)), float(scaling)),  # an int would be specialised
         strides,
         {
             "H": heads, "HK": k.shape[-2], "HALF": half, "AXES": len(sections), "END_0": sections[0],

@@ -464,13 +464,13 @@ def test_gpu_sh_runs_all_that_it_has(gpu_sh):
     """Every step to its last line; what is missing here (compute-sanitizer) is said."""
     status, lines, calls = gpu_sh("all", JOBS="2")
     steps = [line.split()[0] for line in lines[lines.index("=== build") :] if " passed in " in line or " FAILED in " in line]
-    assert steps[0] == "build" and len(steps) == 19
+    assert steps[0] == "build" and len(steps) == 20
     assert [line for line in lines if "FAILED" in line] == [] or "sanitize FAILED" in str(lines)
     tests = [call for call in calls if "--tb=short" in call]
     assert sum(call.count("::") for call in tests) == 4 and "int32" in tests[-1], "those that fill the memory come last, alone"
     assert any("attention --backward" in call for call in calls) and any("--size 7B" in call for call in calls)
     status, lines, _ = gpu_sh("all", "no_such_step")
-    assert status == 2 and "there are: build test rope" in lines[0]
+    assert status == 2 and "there are: build test rope mrope" in lines[0]
 
 
 def test_every_step_of_gpu_sh_is_a_subject():

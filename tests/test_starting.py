@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
-from qwen2vl_fast.kernels import activation, starting
-from tests.compiled import Launch, cases
+from qwen2vl_fast.kernels import activation, rope, starting
+from tests.compiled import Launch, cases, recorded
 
 
 class Pointer(SimpleNamespace):
@@ -180,6 +180,16 @@ def test_a_binary_serves_arguments_of_its_kind_alone(machine, searches):
     before = len(searches)
     starting.start(*small(tensors=(x, y)))
     assert len(searches) == before
+
+
+def test_a_factor_is_no_constant():
+    """attention_scaling=1 reaches a launcher as it is. Of an integer Triton would make a constant, for all that come later."""
+    with recorded() as launches:
+        q = torch.empty(48, 2, 128, dtype=torch.bfloat16)
+        for scaling in (1, 1.5):
+            rope.launch(q, q, q, q, torch.zeros(3, 48, dtype=torch.int64), torch.empty(64), (16, 24, 24), scaling, 1.0)
+    factors = [launch.arguments[[p.name for p in launch.kernel.params].index("scaling")] for launch in launches]
+    assert factors == [1.0, 1.5] and all(type(factor) is float for factor in factors)
 
 
 def test_each_device_has_a_binary_and_its_stream(machine, searches):
