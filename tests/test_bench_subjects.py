@@ -81,7 +81,8 @@ def test_generate(tmp_path, monkeypatch):
 
 def test_stories(tmp_path, monkeypatch):
     monkeypatch.setitem(stories.SIZES, "2B", TINY)
-    sizes = ["--layers", "1", "--depth", "1", "--scale", "0.1", "--tokens", "2"]
+    monkeypatch.setattr(stories, "CLIP", (4, 320, 240))
+    sizes = ["--layers", "1", "--depth", "1", "--scale", "0.1", "--tokens", "1"]
     stories.main([*sizes, "--repeats", "1", "--save", str(tmp_path)])
     rows = saved(tmp_path)["stories_cpu"]["rows"]
     assert [row["kind"] for row in rows] == ["images", "images", "videos"]
@@ -110,7 +111,7 @@ def test_a_model_that_trains_on_something_else_is_not_timed(monkeypatch, narrow)
     model = patch.build(1)
     monkeypatch.setattr(train, "gradients", lambda one, seen=[]: seen.append(0) or [torch.ones(2) * len(seen)])
     with pytest.raises(RuntimeError, match="relative errors of the gradients"):
-        train.race(model, [(4, 4)], 8, [train.THEIRS], 1)
+        train.race(model, [(16, 16)], 8, [train.THEIRS], 1)
 
 
 def test_preprocess(tmp_path, monkeypatch):
