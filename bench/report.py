@@ -221,7 +221,7 @@ def static_model(result: Result) -> list[str]:
         kernel = row["kernel"].replace("<", "&lt;")
         cuda.append([kernel, registers, "" if shared is None else f"{shared / 1024:.0f} KiB", blocks, *times])
     head_cuda = ["CUDA kernel in bf16, 4 x 4096 tokens, 16 heads", head[1], "shared memory", head[2], *devices]
-    return [*lines, "", *table(head, rows), "", *table(head_cuda, cuda)]
+    return [*lines, "", *table(head, rows), *(["", *table(head_cuda, cuda)] if cuda else [])]
 
 
 def _against(row: dict[str, Any]) -> str:

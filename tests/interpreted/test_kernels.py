@@ -378,7 +378,6 @@ MUTANTS = [
     ("gated", "_load(up_ptr, t, f, stride_up_t", "_load(up_ptr, t, f, stride_gate_t", "gated"),
     ("gated", "gate * (1.0 - s)", "gate * s", "gated"),
     ("gated", "grad * gate * s", "grad * s", "gated"),
-    ("gated", "(t < T)", "(t < T + 1)", "gated"),
     ("patchify", "t // 2 % 2", "t % 2", "patchify"),
     ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
     ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
