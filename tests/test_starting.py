@@ -308,7 +308,7 @@ def test_launches_follow_their_signature():
 
 
 @pytest.mark.gpu
-def test_on_a_device(device):
+def test_on_a_device(device="cuda"):
     """By memory as by search: on another stream, in a graph, with other lengths, from a thread."""
     x = torch.randn(300, 512, device=device, dtype=torch.bfloat16, generator=torch.Generator(device).manual_seed(0))
     starting._binaries.clear()
