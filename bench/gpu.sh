@@ -51,8 +51,8 @@ run_tests() {
     grep -h '^E  ' "$parts/collected" | sort | uniq -c
     status=1
   fi
-  grep -E 'int32|beyond_32' "$parts/all" >"$parts/large"
-  grep -vE 'int32|beyond_32' "$parts/all" >"$parts/small"
+  grep -E 'int32|beyond_32|2_31' "$parts/all" >"$parts/large"
+  grep -vE 'int32|beyond_32|2_31' "$parts/all" >"$parts/small"
   split -n "r/$JOBS" "$parts/small" "$parts/part_"
   local part running=()
   for part in "$parts"/part_??; do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -239,3 +240,38 @@ def test_longer_segments(dtype, causal, device):
 
 def test_gradients_are_held_more_loosely_than_outputs():
     assert (FORWARD, GRADIENT) == (2.0, 3.0)
+
+
+@pytest.fixture
+def varlen_attn(monkeypatch):
+    """The way of torch's varlen_attn on the CPU: in its place our torch backend, which says +inf of a row without keys."""
+    module = importlib.import_module("qwen2vl_fast.ops.attention")
+
+    def stand_in(q, k, v, bounds, bounds_k, *_, return_aux, scale, window_size):
+        o, lse = module._attention(q, k, v, bounds, bounds_k, scale, window_size[1] == 0)
+        return o, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    monkeypatch.setattr(module, "has_varlen", lambda q: True)
+
+
+def test_rows_without_keys_where_the_library_says_infinity(varlen_attn):
+    tensors, bounds = packed([5, 6, 2], keys=[2, 0, 2], heads=2)
+    o, lse = ops.varlen_attention(**tensors, **bounds, causal=True, return_lse=True, backend="torch")
+    truth, truth_lse = reference.varlen_attention(**tensors, **bounds, causal=True, return_lse=True)
+    assert (truth_lse == -torch.inf).any() and torch.equal(lse == -torch.inf, truth_lse == -torch.inf)
+    assert not (lse == torch.inf).any() and not o[truth_lse[0] == -torch.inf].any()
+
+
+def test_determinism_that_the_library_does_not_give_is_refused(varlen_attn, monkeypatch):
+    tensors, bounds = packed([5, 6], heads=2)
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    run = functools.partial(ops.varlen_attention, **leaves, **bounds, backend="torch")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    with pytest.raises(RuntimeError, match="deterministic: torch's varlen_attn"):
+        run(deterministic=True)
+    with torch.no_grad():
+        run(deterministic=True)
+    run(deterministic=False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    run(deterministic=True)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.autograd import forward_ad
 
 from qwen2vl_fast import ops
 from qwen2vl_fast.ops import attention, gated  # noqa: F401 -- gated is registered when patch asks for it
@@ -343,6 +344,17 @@ def simulated_device(monkeypatch):
     monkeypatch.setattr(module, "_warned", False)
 
 
+def test_the_capability_is_that_of_the_tensors_device(simulated_device, monkeypatch):
+    """Two devices, of which the current one is newer: a call on the other gets no kernel that it can't run."""
+    old = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5) if device == old else (9, 0))
+    monkeypatch.setattr(module, "extension_error", lambda: None)
+    monkeypatch.setattr(module, "driver_error", lambda: None)
+    assert choose("varlen_attention", "cuda", torch.device("cuda", 0)) == "cuda"
+    with pytest.raises(RuntimeError, match="needs compute capability 8.0, and this device has 7.5"):
+        choose("varlen_attention", "cuda", old)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_the_cpu_never_reaches_a_gpu_kernel(simulated_device, op):
     """Fault 18: CPU tensors on a machine with a device."""
@@ -412,6 +424,19 @@ def test_a_backend_that_runs_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(module, "unusable", lambda op, name, device=None: "it is broken")
     with pytest.raises(RuntimeError, match="backend 'flash' can't run any op here: it is broken"):
         check_backend("flash")
+
+
+@pytest.mark.parametrize("op", [op for op in calls(8) if op != "patchify"])  # which takes integers
+def test_a_tangent_is_refused(op, device):
+    """No op has a forward-mode derivative, and none loses a tangent in silence."""
+    function, *tensors = calls(8, device)[op]
+    plain = [x.detach() for x in tensors]
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+        torch.func.jvp(lambda x: function(x, *plain[1:]), (plain[0],), (torch.ones_like(plain[0]),))
+    with forward_ad.dual_level():
+        function(*plain)  # without tangents nothing is wrong
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+            function(forward_ad.make_dual(plain[0], torch.ones_like(plain[0])), *plain[1:])
 
 
 def test_no_double_dispatch(device):

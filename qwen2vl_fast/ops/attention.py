@@ -43,9 +43,10 @@ def varlen_attention(
         max_seqlen, max_seqlen_k: longest segment, when the caller knows it; else read from cu_seqlens where a backend needs it.
         scale: None = D^-0.5.
         causal: bottom-right aligned causal mask.
-        deterministic: bit-equal gradients; None = torch.are_deterministic_algorithms_enabled().
+        deterministic: bit-equal gradients; None = torch.are_deterministic_algorithms_enabled(). torch's own variable-length
+            attention (backend torch on a CUDA device) knows that switch alone, and True without it is RuntimeError.
         schedule: positions.attention_schedule(...) of the queries' segments, built once for all layers. The cuda backend uses
-            its list of work where heads, mask and keys are those it was made for, and else builds one on the device.
+            its list of work where heads, mask, keys and device are those it was made for, and else builds one on the device.
         return_lse: also return the log-sum-exp.
         backend: None for the fastest that can run the tensors.
     Returns: o [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural log, not differentiable.
@@ -78,7 +79,10 @@ def varlen_attention(
         max_seqlen_k = max_seqlen if cu_seqlens_k is None else _longest(cu_seqlens_k)
     run = _flash_attn if name == "flash" else _torch_varlen
     o, lse = run(q, k, v, cu_seqlens, bounds_k, max_seqlen, max_seqlen_k, scale, causal, deterministic)
-    return (o, lse.detach().float()) if return_lse else o
+    if not return_lse:
+        return o
+    lse = lse.detach().float()
+    return o, lse.masked_fill(lse == math.inf, -math.inf)  # FlashAttention-2 says +inf of a row without keys
 
 
 def _check(q, k, v, cu_seqlens, cu_seqlens_k, schedule) -> None:
@@ -135,6 +139,11 @@ _TORCH_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not Non
 def _torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, scale, causal, deterministic):
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if deterministic and wanted and not torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError(
+            "deterministic: torch's varlen_attn has bit-equal gradients under torch.use_deterministic_algorithms(True) alone"
+        )
     # The keywords moved between torch 2.10 and 2.13: is_causal became window_size, and grouped queries were added.
     keywords = inspect.signature(varlen_attn).parameters
     mask = {"window_size": (-1, 0 if causal else -1)} if "window_size" in keywords else {"is_causal": causal}

@@ -34,6 +34,8 @@ def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tenso
     """(tiles, their rows, key_tiles, query_tiles) of the schedule as far as they are those of such a call, else None."""
     if schedule is None or (schedule.heads, schedule.head_dim, schedule.causal) != (*q.shape[1:], causal):
         return None, 0, None, None
+    if schedule.tiles is None or schedule.tiles.device != q.device:  # a kernel can't read another device's memory
+        return None, 0, None, None
     key_tiles = schedule.key_tiles if schedule.heads_k == k.shape[1] else None
     return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles
 

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "flash", "triton", "torch")  # fastest first
 OPS = (
@@ -39,6 +40,8 @@ def define(
 
     Where the schema has backend='torch' the implementation needs that default too: torch drops arguments that equal theirs.
 
+    An op has no forward-mode derivative; a tensor with a tangent is RuntimeError, since it would come out without one.
+
     Where nothing traces, transforms or profiles, a call goes to the implementation, or to an autograd function around it:
     torch's dispatch of an op written in Python costs several times what starting a kernel does (`python -m bench.host`).
     """
@@ -54,7 +57,11 @@ def define(
     tensors = tuple(i for i, argument in enumerate(registered._schema.arguments) if "Tensor" in str(argument.type))
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _transforms() or _profiler():
+        if torch.compiler.is_compiling():
+            return registered(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, [args[i] for i in tensors])
+        if _modes() or _transforms() or _profiler():
             return registered(*args)
         differentiable = False
         for i in tensors:
@@ -68,6 +75,11 @@ def define(
 
     call.registered = registered
     return call
+
+
+def _refuse_tangents(name: str, tensors: list[torch.Tensor | None]) -> None:
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"{name} has no forward-mode derivative; the functions of qwen2vl_fast.reference have theirs")
 
 
 # Who has to see a call of an op: modes (fake tensors, tracing, checkpoints), transforms, a profiler.
@@ -126,8 +138,9 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def unusable(op: str, backend: str, device: str | None = None) -> str | None:
-    """Why `backend` can't run `op` on a device of type `device` (None: on whatever this machine has), or None if it can."""
+def unusable(op: str, backend: str, device: str | torch.device | None = None) -> str | None:
+    """Why `backend` can't run `op` on `device` (None: on whatever this machine has), or None if it can."""
+    kind = None if device is None else torch.device(device).type
     if op not in _WRITTEN[backend]:
         return f"there is no {backend} kernel for {op} yet"
     if backend == "torch":
@@ -136,17 +149,17 @@ def unusable(op: str, backend: str, device: str | None = None) -> str | None:
         return "the flash-attn package is not installed (pip install qwen2vl-fast[flash])"
     if backend == "triton" and not _installed("triton"):
         return "triton is not installed"
-    if backend == "triton" and device in (None, "cpu") and _interpreting():
+    if backend == "triton" and kind in (None, "cpu") and _interpreting():
         return None
     if backend == "cuda" and (error := extension_error()):
         return error
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if device not in (None, "cuda"):
-        return f"the tensors are on {device}, not on a CUDA device"
+    if kind not in (None, "cuda"):
+        return f"the tensors are on {kind}, not on a CUDA device"
     if backend == "cuda" and (error := driver_error()):
         return error
-    if backend == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
+    if backend == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"the extension needs compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
     return None
 
@@ -178,17 +191,17 @@ def _choose(op: str, backend: str | None, device: torch.device, cuda_refuses: st
     global _warned
     if backend is not None:
         _known(backend)
-        if reason := unusable(op, backend, device.type) or (cuda_refuses if backend == "cuda" else None):
+        if reason := unusable(op, backend, device) or (cuda_refuses if backend == "cuda" else None):
             raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
         return backend
     for name in BACKENDS:
         if name == "cuda" and cuda_refuses:
             continue
-        if unusable(op, name, device.type) is None and (name != "triton" or device.type == "cuda"):
+        if unusable(op, name, device) is None and (name != "triton" or device.type == "cuda"):
             break
     if device.type == "cuda" and name != _PREFERRED[op] and not _warned:
         _warned = True
-        reason = unusable(op, _PREFERRED[op], device.type) or cuda_refuses
+        reason = unusable(op, _PREFERRED[op], device) or cuda_refuses
         warnings.warn(
             f"{op} runs on the {name} backend: {reason}. qwen2vl_fast.backends() lists every op; this is said once.",
             stacklevel=4,

@@ -83,6 +83,8 @@ def test_a_schedule_of_other_heads_is_not_used(extension):
         assert same_bits(op(**tensors, **rest, schedule=host.schedule(rest["cu_seqlens"], **other)), expected)
         assert extension.launched[0].startswith("tiles")
     right = host.schedule(rest["cu_seqlens"], heads=4, heads_k=2)
+    elsewhere = replace(right, tiles=right.tiles.to("meta"))  # a schedule of another device
+    assert attention_cuda.lists_of(elsewhere, tensors["q"], tensors["k"], False) == (None, 0, None, None)
     assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False)[2] is right.key_tiles
     assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False)[2] is None
 
