@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import plots
 from bench.timing import RESULTS, ROOT
+from qwen2vl_fast.training import nano_card
 
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
 OURS = "qwen2vl_fast"
@@ -231,12 +232,11 @@ def _against(row: dict[str, Any]) -> str:
 
 def nano() -> str:
     result, facts = read(NANO / "eval.json"), read(NANO / "training.json")
-    dtypes = list(next(iter(result["tasks"].values())))
-    rows = [
-        [task, *(f"{100 * scores[dtype]['accuracy']:.1f} %" for dtype in dtypes)] for task, scores in result["tasks"].items()
-    ]
-    where = f"CPU, torch {result['torch']}: `{result['command']}`, after {facts['pictures']} training pictures"
-    return "\n".join([*table(["task", *dtypes], rows), "", where])
+    samples = next(iter(result["tasks"].values()))["samples"]
+    where = f"{result['device']}, torch {result['torch']}: `{result['command']}`, {samples} samples a task"
+    trained = f"{facts['samples']} training samples in {facts['minutes']} minutes on {facts['threads']} thread of a {facts['processor']}"
+    lines = [*nano_card.accuracy_table(result), "", *nano_card.ways_table(result), ""]
+    return "\n".join([*lines, f"{where}; after {trained}, from the weights of the version before where the card says so."])
 
 
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,30 @@ PICTURES = Path(__file__).parent / "assets" / "pictures"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the demo: `source` is the path of an image, or the frames of a clip as a list of paths.
+    """A question of the demo: `sources` are paths of images, or lists of the paths of a clip's frames.
 
-    `answer` is the right one. `nano` says whether nano was trained on pictures and questions of this kind.
+    `before` are earlier questions with their answers, `options` those of the media (min_pixels). `answer` is the right one. `nano`
+    says whether nano was trained on pictures and questions of this kind.
     """
 
     name: str
-    source: Path | list[Path]
+    sources: tuple[Path | list[Path], ...]
     question: str
     answer: str
     nano: bool
+    before: tuple[tuple[str, str], ...] = ()
+    options: dict[str, int] = field(default_factory=dict)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        kind = "video" if isinstance(self.source, list) else "image"
-        return [{"role": "user", "content": [{"type": kind, kind: self.source}, {"type": "text", "text": self.question}]}]
+        kinds = ["video" if isinstance(source, list) else "image" for source in self.sources]
+        parts = [{"type": kind, kind: source, **self.options} for kind, source in zip(kinds, self.sources, strict=True)]
+        messages: list[dict[str, Any]] = []
+        for question, answer in (*self.before, (self.question, None)):
+            content = [*([] if messages else parts), {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+            messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+        return messages
 
 
 @dataclass
@@ -81,9 +91,11 @@ def pictures(folder: Path = PICTURES) -> list[Picture]:
     """The pictures that pictures.json lists."""
     result = []
     for entry in json.loads((folder / "pictures.json").read_text(encoding="utf-8")):
-        path = folder / entry["file"]
-        source = sorted(path.glob("*.png")) if path.is_dir() else path
-        result.append(Picture(entry["file"], source, entry["question"], entry["answer"], entry["nano"]))
+        paths = [folder / file for file in entry["files"]]
+        sources = tuple(sorted(path.glob("*.png")) if path.is_dir() else path for path in paths)
+        before = tuple(map(tuple, entry.get("before", ())))
+        name, options = " and ".join(entry["files"]), entry.get("options", {})
+        result.append(Picture(name, sources, entry["question"], entry["answer"], entry["nano"], before, options))
     return result
 
 
@@ -97,7 +109,7 @@ def ask(model: Any, processor: Processor, messages: list[dict[str, Any]], *, max
 
     start = clock()
     inputs = processor(messages, max_length=model.config.text.max_position_embeddings)
-    text, ids = TextStream(processor.tokenizer), []
+    text, ids = TextStream(processor.tokenizer, skip_special_tokens=False), []
     ready = first = last = clock()
     with _TowerTimer(model.visual, clock) as tower:
         for token in model.stream(
@@ -132,6 +144,16 @@ def size(source: Path | list[Path]) -> str:
     return f"{frames}{image.width} x {image.height} px"
 
 
+def agrees(said: str, answer: str) -> bool:
+    """Whether an answer of nano is right: every character, or for a box the name and an overlap of at least half (IoU)."""
+    from .training.tasks import overlap
+
+    name, box, corners = answer.partition("<|box_start|>")
+    if not box:
+        return said.strip() == answer
+    return said.startswith(name + box) and overlap(said, [int(n) for n in re.findall(r"\d+", corners)]) >= 0.5
+
+
 def timings(run: Run) -> str:
     """The line of times: preprocessing, tower, prefill, decode."""
     decode = "no further token"
@@ -160,12 +182,15 @@ def show(model: Any, processor: Processor, *, nano: bool, max_new_tokens: int, w
         run = ask(model, processor, picture.messages, max_new_tokens=max_new_tokens)
         verdict = f"(expected: {picture.answer})"
         if nano and picture.nano:
-            marks.append(run.text.strip() == picture.answer)
+            marks.append(agrees(run.text, picture.answer))
             verdict = "right" if marks[-1] else f"wrong {verdict}"
         elif nano:
             verdict = f"(beyond nano's training: only tokens and times mean something; expected: {picture.answer})"
         write("")
-        write(f"{picture.name}: {size(picture.source)}, {run.patches} patches, {run.patches // 4} visual tokens")
+        sizes = " and ".join(map(size, picture.sources))
+        write(f"{picture.name}: {sizes}, {run.patches} patches, {run.patches // 4} visual tokens")
+        for question, answer in picture.before:
+            write(f"  before      {question} {answer}")
         write(f"  question    {picture.question}")
         lines = textwrap.wrap(" ".join(run.text.split()), 100) or ["(no text)"]
         for i, line in enumerate(lines):

@@ -22,7 +22,9 @@ LAYERS = (
     ("vision", "text", "generate", "chat"),
     ("model",),
     ("__init__",),
-    ("patch", "training", "doctor", "demo"),
+    ("patch", "doctor"),
+    ("training",),
+    ("demo",),
     ("cli", "assets"),
 )
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
@@ -36,7 +38,7 @@ ONLY = {
 }
 # Imported inside functions alone, and by these units alone.
 LAZY = {
-    "transformers": {"model", "patch"},
+    "transformers": {"model", "patch", "training"},
     "huggingface_hub": {"model"},
     "av": {"video"},
     "flash_attn": {"ops"},

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from qwen2vl_fast import Qwen2VL
 from qwen2vl_fast.chat import Processor
 from qwen2vl_fast.tokenizer import Tokenizer
-from qwen2vl_fast.training import nano, nano_eval
+from qwen2vl_fast.training import nano, nano_card, nano_eval
 from qwen2vl_fast.training.data import conversation
+from qwen2vl_fast.training.muon import Muon, orthogonal
 from qwen2vl_fast.training.nano_files import SPECIAL_TOKENS, TOKEN_IDS, write_files
-from qwen2vl_fast.training.pictures import TASKS
+from qwen2vl_fast.training.tasks import TASKS
 from tests.models import peer_inputs
 
-NANO = Path(nano.__file__).parent.parent / "assets" / "nano"
+NANO = nano.NANO
 SAMPLES = 200
 
 
@@ -75,24 +76,40 @@ def test_shipped_files_are_what_the_code_writes(tmp_path: Path, measured: dict) 
         assert json.loads(file.read_text("utf-8")) == json.loads((NANO / file.name).read_text("utf-8")), file.name
     for name in ("training.json", "eval.json"):
         (tmp_path / name).write_bytes((NANO / name).read_bytes())
-    nano_eval.write_card(tmp_path)
+    nano_card.write_card(tmp_path)
     assert (tmp_path / "README.md").read_text("utf-8") == (NANO / "README.md").read_text("utf-8")
 
 
-def test_the_card_promises_enough(measured: dict) -> None:
-    for task in ("count", "name"):
-        for dtype in nano_eval.DTYPES:
-            assert measured["tasks"][task][dtype]["samples"] >= 1000
-            assert measured["tasks"][task][dtype]["accuracy"] >= 0.9
+def test_the_card_rests_on_enough_samples(measured: dict) -> None:
+    assert list(measured["tasks"]) == [*TASKS] and measured["seeds"][1] - measured["seeds"][0] >= 1000
+    assert all(found["samples"] >= 1000 for found in measured["tasks"].values())
+    shares = [found["right"] / found["samples"] for found in measured["tasks"].values()]
+    assert measured["overall"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+
+
+def test_other_ways_to_compute_answer_alike(measured: dict) -> None:
+    """In half precision and through transformers: within noise as many right answers as in float32."""
+    assert set(measured["ways"]) == {"bfloat16", "float16", "from_transformers", "transformers", "patched transformers"}
+    for name, tasks in measured["ways"].items():
+        for task, found in tasks.items():
+            if name == "transformers" and task in ("motion", "order"):
+                continue  # Its positions after a clip are others: the card says so.
+            expected = measured["tasks"][task]["accuracy"]
+            assert tail(found["right"], found["samples"], min(max(expected, 0.005), 0.995)) > 1e-4, (name, task)
+            assert found["same"] >= 0.8 * found["samples"], (name, task)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2VL:
+    return Qwen2VL.from_pretrained(NANO, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_accuracy_on_unseen_pictures_is_that_of_the_card(task: str, processor: Processor, measured: dict) -> None:
-    """On pictures beyond those of the card. A checkpoint as good as it says fails once in 5000 such tests."""
-    model = Qwen2VL.from_pretrained(NANO, device="cpu", dtype=torch.float32)
-    promised = measured["tasks"][task]["float32"]
+def test_accuracy_on_unseen_samples_is_that_of_the_card(task: str, model: Qwen2VL, processor: Processor, measured: dict) -> None:
+    """On samples beyond those of the card. A checkpoint as good as it says fails once in 5000 such tests."""
+    promised = measured["tasks"][task]
     samples = nano_eval.unseen(task, SAMPLES, first=promised["samples"])
-    result = nano_eval.score(task, samples, nano_eval.answer(model, processor, samples))
+    result = nano_eval.score(samples, nano_eval.answer(model, processor, samples))
     # The card's figure is itself an estimate; the kindest value within two standard errors of it is compared.
     share, error = promised["accuracy"], math.sqrt(0.25 / promised["samples"])
     error = min(error, 2 * math.sqrt(max(share * (1 - share), 1 / promised["samples"]) / promised["samples"]))
@@ -100,40 +117,48 @@ def test_accuracy_on_unseen_pictures_is_that_of_the_card(task: str, processor: P
     assert tail(result["right"], SAMPLES, kindest) > 1e-4, result
 
 
-def test_transformers_gives_the_same_answers(processor: Processor) -> None:
+def test_transformers_gives_the_same_answers(model: Qwen2VL, processor: Processor) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
-    ours = Qwen2VL.from_pretrained(NANO, device="cpu", dtype=torch.float32)
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(NANO).float().eval()
     for task in TASKS:
-        samples = nano_eval.unseen(task, 8)
+        # transformers 5 has positions of its own after a clip with more frame pairs than rows and columns (MODEL.md section 4).
+        many = nano_eval.unseen(task, 40)
+        samples = [s for s in many if all(len(m.frames) <= 4 for m in s.media)][:8]
+        assert samples
         inputs = processor([conversation(sample, answered=False) for sample in samples])
         start = inputs["input_ids"].shape[1]
-        # transformers finds the pictures of a prompt by the type of its tokens.
-        types = (inputs["input_ids"] == TOKEN_IDS["<|image_pad|>"]).long()
+        types = nano_eval.token_types(inputs["input_ids"], processor)
         prompt = peer_inputs(theirs, {**inputs, "mm_token_type_ids": types})
-        expected = theirs.generate(**prompt, max_new_tokens=24, do_sample=False)[:, start:]
-        got = nano_eval.answer(ours, processor, samples)
-        assert got == [processor.decode(row) for row in expected]
+        expected = theirs.generate(**prompt, max_new_tokens=nano_eval.MAX_NEW_TOKENS, do_sample=False)[:, start:]
+        got = nano_eval.answer(model, processor, samples)
+        assert got == [processor.decode(row, False).split("<|im_end|>")[0] for row in expected], task
 
 
-def test_a_video_and_text_alone_are_answered(processor: Processor) -> None:
-    model = Qwen2VL.from_pretrained(NANO, device="cpu")
+def test_a_large_video_and_a_greeting_are_answered(model: Qwen2VL) -> None:
     frames = [np.full((112, 112, 3), 60 * i, dtype=np.uint8) for i in range(4)]
     clip = [{"type": "video", "video": frames}, {"type": "text", "text": "What is this?"}]
     assert isinstance(model.chat([{"role": "user", "content": clip}], max_new_tokens=8), str)
     assert isinstance(model.chat([{"role": "user", "content": "Hello"}], max_new_tokens=8), str)
 
 
-def trainer(**changes) -> nano.Trainer:
-    recipe = nano.Recipe(**{"batch": 8, "warmup": 1, "steps": 100, **changes})
-    return nano.Trainer(recipe, Tokenizer.from_pretrained(NANO))
+def trainer(stage: str, **changes) -> nano.Trainer:
+    """A run whose first step is of a stage."""
+    lengths = {
+        nano.TEXT: {"text_steps": 50},
+        nano.TOWER: {"text_steps": 0},
+        nano.WHOLE: {"text_steps": 0, "tower_steps": 0, "decoder_steps": 0},
+        nano.DECODER: {"text_steps": 0, "tower_steps": 0, "decoder_steps": 100},
+    }[stage]
+    recipe = nano.Recipe(**{"batch": 8, "tower_batch": 8, "warmup": 1, "steps": 100, **lengths, **changes})
+    run = nano.Trainer(recipe, Tokenizer.from_pretrained(NANO))
+    assert run.stage == stage
+    return run
 
 
-@pytest.mark.parametrize("stage", [nano.TOWER, nano.WHOLE])
+@pytest.mark.parametrize("stage", nano.STAGES)
 def test_steps_on_one_batch_reduce_its_loss(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tower_lr=5e-4, lr=5e-4)
-    run.stage = stage
+    run = trainer(stage, tower_lr=5e-4, lr=5e-4)
     samples = run.samples()
     monkeypatch.setattr(run, "samples", lambda: samples)
     losses = [run.train_step()[0] for _ in range(8)]
@@ -143,72 +168,112 @@ def test_steps_on_one_batch_reduce_its_loss(stage: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("stage", [nano.TOWER, nano.WHOLE])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_resumed_run_repeats_the_bits(stage: str, dtype: str, tmp_path: Path) -> None:
-    first = trainer(dtype=dtype)
-    first.stage = stage
-    for _ in range(3):
+    first = trainer(stage, dtype=dtype)
+    for _ in range(2):
         first.train_step()
+    first.levels["read"] = 1
     first.save(tmp_path)
     expected = [first.train_step() for _ in range(2)]
-    second = trainer(dtype=dtype)
+    second = trainer(stage, dtype=dtype)
     second.resume(tmp_path)
-    assert (second.step, second.stage) == (3, stage)
+    assert (second.step, second.stage, second.levels["read"], second.samples_seen) == (2, stage, 1, 16)
     assert [second.train_step() for _ in range(2)] == expected
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
 
 
-def test_every_weight_is_trained() -> None:
-    both = trainer()
-    before = {name: weight.detach().clone() for name, weight in both.weights.items()}
-    both.train_step()
-    assert {name.split(".")[0] for name, weight in both.weights.items() if not torch.equal(weight, before[name])} == {
-        "visual",
-        "probe",
-    }
-    both.stage = nano.WHOLE
-    both.train_step()
-    assert all(not torch.equal(weight, before[name]) for name, weight in both.weights.items())
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [
+        (nano.TEXT, {"model"}),
+        (nano.TOWER, {"visual", "probe"}),
+        (nano.WHOLE, {"visual", "probe", "model"}),
+        (nano.DECODER, {"model"}),
+    ],
+)
+def test_a_stage_trains_its_part_and_nothing_else(stage: str, trained: set[str]) -> None:
+    run = trainer(stage, batch=32, tower_batch=32)
+    before = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    run.train_step()
+    changed = {name for name, weight in run.weights.items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[0] for name in changed} == trained
+    if stage == nano.WHOLE:
+        assert changed == set(before)
 
 
-def test_curriculum(tmp_path: Path) -> None:
-    run = trainer(tower_steps=50)
-    reached = dict.fromkeys(nano.PROMOTE, 1.0)
-    for level in (0, 1, 2):
-        assert (run.stage, run.level) == (nano.TOWER, level)
-        run.promote({**reached, "shape": 0.0})
-        assert (run.stage, run.level) == (nano.TOWER, level)
-        run.promote(reached)
-    assert (run.stage, run.level, run.since) == (nano.WHOLE, 2, 0)
-    late = trainer(tower_steps=50)
-    late.step = 50
-    late.promote(dict.fromkeys(nano.PROMOTE, 0.0))
-    assert (late.stage, late.level, late.since) == (nano.WHOLE, 0, 50)
-    recipe = nano.Recipe(steps=1000, lr=1e-3)
-    rates = [recipe.rate(nano.WHOLE, step, 500) for step in (500, 599, 700, 900, 999)]
-    assert rates == pytest.approx([1e-5, 1e-3, 1e-3, 5e-4, 5e-6])
+def test_stages_and_rates() -> None:
+    recipe = nano.Recipe(steps=1000, text_steps=100, tower_steps=200, decoder_steps=50, lr=1e-3, tower_lr=2e-3, warmup=50, cooldown=0.2)
+    stages = [recipe.stage(step) for step in (0, 99, 100, 299, 300, 949, 950, 999)]
+    assert stages == [s for s in nano.STAGES for _ in range(2)]
+    rates = [recipe.rate(step) for step in (0, 49, 99, 100, 149, 300, 349, 800, 900, 999)]
+    assert rates == pytest.approx([2e-5, 1e-3, 1e-3, 4e-5, 2e-3, 2e-5, 1e-3, 1e-3, 5e-4, 5e-6])
+
+
+def test_levels_rise_with_accuracy_alone() -> None:
+    run = trainer(nano.WHOLE)
+    run.promote({"read": nano.PROMOTE, "count": nano.PROMOTE - 0.01})
+    assert run.levels == {task: int(task == "read") for task in TASKS}
+    for _ in range(9):
+        run.promote(dict.fromkeys(TASKS, 1.0))
+    assert run.levels == nano.MAX_LEVEL
+
+
+def test_shares_are_shares_of_known_tasks() -> None:
+    for shares in nano.SHARES.values():
+        assert set(shares) <= set(TASKS) and sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
+def test_muon_steps_are_orthogonal_and_of_the_promised_size(shape: tuple[int, int]) -> None:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+    values = torch.linalg.svdvals(orthogonal(gradient))
+    # A square random matrix has some values too small for five steps.
+    assert values.max() < 1.3 and values.median() > 0.6 and (shape[0] == shape[1] or values.min() > 0.6)
+    assert torch.nn.functional.cosine_similarity(orthogonal(gradient).flatten(), (u @ v).flatten(), 0) > 0.9
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = gradient
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5)
+    optimizer.step()
+    expected = -0.1 * 0.2 * math.sqrt(max(shape)) * orthogonal(gradient + 0.95 * gradient)
+    torch.testing.assert_close(weight.detach(), expected)
+    assert 0.01 < weight.square().mean().sqrt() < 0.03
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano, "VALIDATION_SAMPLES", 4)
+    monkeypatch.setattr(nano, "VALIDATION_SAMPLES", 2)
+    monkeypatch.setattr(nano, "keep_memory", lambda: None)
     out = tmp_path / "run"
-    assert nano.main(["train", "--out", str(out), "--minutes", "0"]) == 0
+    short = ["--minutes", "0", "--batch", "2", "--tower-batch", "2", "--text-steps", "1", "--tower-steps", "1"]
+    assert nano.main(["train", "--out", str(out), "--init", str(NANO), *short]) == 0
     with pytest.raises(ValueError, match="--resume"):
-        nano.main(["train", "--out", str(out), "--minutes", "0"])
-    assert nano.main(["train", "--out", str(out), "--minutes", "0", "--resume"]) == 0
+        nano.main(["train", "--out", str(out), *short])
+    for _ in range(2):
+        assert nano.main(["train", "--out", str(out), "--resume", *short]) == 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and set(lines[0]["accuracy"]) == {"count", "color", "shape"}
-    assert not list(out.glob("**/*.tmp"))
+    assert [(line["step"], line["stage"], line["samples"]) for line in lines] == [(1, "text", 2), (2, "tower", 4), (3, "whole", 6)]
+    assert set(lines[2]["accuracy"]) == {*TASKS} and not list(out.glob("**/*.tmp"))
     checkpoint = out / "checkpoint"
-    assert nano.main(["eval", str(checkpoint), "--samples", "2"]) == 0
-    assert json.loads((checkpoint / "eval.json").read_text("utf-8"))["tasks"]["count"]["bfloat16"]["samples"] == 2
-    assert nano.main(["card", str(checkpoint)]) == 0
+    facts = json.loads((checkpoint / "training.json").read_text("utf-8"))
+    assert [call["init"] for call in facts["history"]] == ["nano", None, None] and facts["samples"] == 6
+    assert nano.main(["eval", str(checkpoint), "--samples", "2", "--compare", "1"]) == 0
+    found = json.loads((checkpoint / "eval.json").read_text("utf-8"))
+    assert found["tasks"]["count"]["samples"] == 2 and found["ways"]["bfloat16"]["read"]["samples"] == 1
+    other = tmp_path / "other.json"
+    arguments = ["eval", str(checkpoint), "--samples", "1", "--compare", "0", "--backend", "torch", "--out", str(other)]
+    assert nano.main(arguments) == 0 and json.loads(other.read_text("utf-8"))["command"].endswith("--backend torch")
+    assert nano.main(["card", str(checkpoint)]) == 0 and nano.main(["plot", str(checkpoint)]) == 0
     assert (checkpoint / "README.md").read_text("utf-8").startswith("---\nlicense")
+    assert (checkpoint / "curves.png").stat().st_size > 5000
     assert capsys.readouterr().out
     with pytest.raises(ValueError, match="is missing"):
         nano.main(["train", "--out", str(tmp_path / "none"), "--resume"])
+    for arguments in (["--samples", "0"], ["--samples", "2", "--compare", "3"]):
+        with pytest.raises(ValueError, match="expected"):
+            nano.main(["eval", str(checkpoint), *arguments])
 
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    run = trainer()
+    run = trainer(nano.TEXT)
     run.save(tmp_path)
     state = tmp_path / nano.STATE
     with pytest.raises(ValueError, match="parameters"):

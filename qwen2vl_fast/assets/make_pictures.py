@@ -1,33 +1,41 @@
 """Makes the pictures of `qwen2vl-fast demo`: run `python qwen2vl_fast/assets/make_pictures.py` in a checkout.
 
-All of them are drawn by this script and by the generator of nano's pictures; nothing is downloaded and every random
-number is seeded. pictures.json lists them with a question each, the expected answer, and whether nano was trained on
-such pictures.
+All of them are drawn by this script and by the generator of nano's tasks; nothing is downloaded and every random number is
+seeded. pictures.json lists them with a question each, the expected answer, and whether nano was trained on such pictures.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qwen2vl_fast.training import pictures
+from qwen2vl_fast.training import shapes, tasks
+from qwen2vl_fast.training.data import CLIP_BOUNDS
 
 FOLDER = Path(__file__).parent / "pictures"
 
-# Task and (height, width): the picture is the generator's first one of that size among its test seeds whose answer is
-# not on show yet, whatever nano says to it.
-SHAPES = (
-    ("name", (56, 56)),
-    ("count", (84, 84)),
-    ("color", (56, 112)),
-    ("shape", (84, 112)),
-    ("count", (112, 112)),
-    ("name", (168, 112)),
+# Task and frames, height and width of each of its media: the sample is the generator's first one of these sizes among its test
+# seeds whose answer is not on show yet, whatever nano says to it.
+SHOWN: tuple[tuple[str, tuple[tuple[int, int, int], ...]], ...] = (
+    ("read", ((1, 28, 112),)),
+    ("read", ((1, 56, 84),)),
+    ("name", ((1, 56, 56),)),
+    ("count", ((1, 84, 112),)),
+    ("box", ((1, 84, 84),)),
+    ("relation", ((1, 84, 56),)),
+    ("compare", ((1, 56, 84), (1, 56, 56))),
+    ("motion", ((8, 56, 84),)),
+    ("order", ((12, 56, 56),)),
+    ("followup", ((1, 112, 84),)),
+    ("name", ((1, 112, 168),)),
 )
+# The sample of this index is asked once more at twice its sides.
+TWICE = 3
 
 TITLE = "The Tide Mill"
 PARAGRAPHS = (
@@ -177,44 +185,74 @@ def clip(frames: int = 8, height: int = 140, width: int = 196) -> list[Image.Ima
         canvas[:] = np.linspace(170, 215, height, dtype=np.float32)[:, None, None]
         x = 30 + (width - 60) * i / (frames - 1)
         red = np.array([205, 30, 35], dtype=np.float32)
-        pictures.draw(canvas, pictures.Placed("circle", "red", red, x, height * 0.55, 22.0, 0.0))
+        shapes.draw(canvas, shapes.Placed("circle", "red", red, x, height * 0.55, 22.0, 0.0))
         result.append(Image.fromarray(canvas.astype(np.uint8)))
     return result
 
 
-def shapes() -> list[tuple[dict[str, Any], Image.Image]]:
-    """Pictures of nano's own tasks, from the test seeds."""
-    result: list[tuple[dict[str, Any], Image.Image]] = []
-    for task, size in SHAPES:
-        shown = [entry["answer"] for entry, _ in result]
-        seed, sample = next(
-            (seed, sample)
-            for seed in pictures.TEST_SEEDS
-            if (sample := pictures.generate(task, seed)).picture.shape[:2] == size and sample.answer not in shown
-        )
-        entry = {
-            "file": f"{task}_{size[1]}x{size[0]}.png",
-            "question": sample.question,
-            "answer": sample.answer,
-            "nano": True,
-        }
-        result.append(({**entry, "task": task, "seed": seed}, Image.fromarray(sample.picture)))
+def samples() -> list[tuple[int, tasks.Sample]]:
+    """Seeds and samples of nano's own tasks, from the test seeds."""
+    result: list[tuple[int, tasks.Sample]] = []
+    for task, sizes in SHOWN:
+        on_show = {sample.answer for _, sample in result}
+        made = ((seed, tasks.generate(task, seed)) for seed in tasks.TEST_SEEDS)
+        result.append(next((seed, s) for seed, s in made if _sizes(s) == sizes and s.answer not in on_show))
     return result
 
 
-def main() -> None:
-    entries = []
-    for entry, image in shapes():
-        image.save(FOLDER / entry["file"], optimize=True)
+def _sizes(sample: tasks.Sample) -> tuple[tuple[int, ...], ...]:
+    return tuple(medium.frames.shape[:3] for medium in sample.media)
+
+
+def save(medium: tasks.Medium, name: str) -> str:
+    """Save an image as a file, a clip as a folder of frames; its path in the folder of pictures."""
+    if medium.kind == "image":
+        Image.fromarray(medium.frames[0]).save(FOLDER / f"{name}.png", optimize=True)
+        return f"{name}.png"
+    (FOLDER / name).mkdir()
+    for i, frame in enumerate(medium.frames):
+        Image.fromarray(frame).save(FOLDER / name / f"{i:02}.png", optimize=True)
+    return name
+
+
+def own() -> list[dict[str, Any]]:
+    """Saves the pictures of nano's tasks; their entries of pictures.json."""
+    entries: list[dict[str, Any]] = []
+    for number, (seed, sample) in enumerate(samples()):
+        names = [f"{sample.task}_{m.frames.shape[2]}x{m.frames.shape[1]}" for m in sample.media]
+        entry: dict[str, Any] = {
+            "files": [save(medium, name) for medium, name in zip(sample.media, names, strict=True)],
+            "before": [list(turn) for turn in sample.turns[:-1]],
+            "question": sample.question,
+            "answer": sample.answer,
+            "nano": True,
+            "task": sample.task,
+            "seed": seed,
+        }
+        if sample.media[0].kind == "video":
+            entry["options"] = CLIP_BOUNDS
         entries.append(entry)
+        if number == TWICE:
+            _, height, width, _ = sample.media[0].frames.shape
+            entries.append({**entry, "options": {"min_pixels": 4 * height * width}})
+    return entries
+
+
+def main() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    entries = own()
     photo().save(FOLDER / "photo.jpg", quality=88, optimize=True)
-    entries.append({"file": "photo.jpg", "question": "How many balls lie on the table?", "answer": "3", "nano": False})
     page().save(FOLDER / "page.png", optimize=True)
-    entries.append({"file": "page.png", "question": "What is the title of this page?", "answer": TITLE, "nano": False})
-    (FOLDER / "clip").mkdir(exist_ok=True)
+    (FOLDER / "clip").mkdir()
     for i, frame in enumerate(clip()):
         frame.save(FOLDER / "clip" / f"{i:02}.png", optimize=True)
-    entries.append({"file": "clip", "question": "Which way does the ball move?", "answer": "to the right", "nano": False})
+    for file, question, answer in (
+        ("photo.jpg", "How many balls lie on the table?", "3"),
+        ("page.png", "What is the title of this page?", TITLE),
+        ("clip", "Which way does the ball move?", "to the right"),
+    ):
+        entries.append({"files": [file], "question": question, "answer": answer, "nano": False})
     (FOLDER / "pictures.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

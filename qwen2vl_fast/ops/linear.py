@@ -39,7 +39,8 @@ def _backward(ctx, grad):
     wanted = ctx.needs_input_grad
     grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_x = _linear(grad, weight.t().contiguous(), None) if wanted[0] else None
-    grad_weight = _linear(grads.t().contiguous(), rows.t().contiguous(), None) if wanted[1] else None
+    # oneDNN's product would need both operands copied to transpose them, which costs more than it gains.
+    grad_weight = grads.t() @ rows if wanted[1] else None
     return grad_x, grad_weight, grads.sum(0) if ctx.has_bias and wanted[2] else None
 
 

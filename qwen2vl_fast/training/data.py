@@ -6,7 +6,8 @@ from ids: the text of a message is encoded as plain text, so that no content can
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from ..media import pack_rows
 from ..tokenizer import Tokenizer
-from .pictures import Sample
+from .tasks import Sample
 
 IGNORE_INDEX = -100
+
+_GROUNDING = re.compile(r"(<\|(?:object_ref|box|quad)_(?:start|end)\|>)")
 
 Encoded = tuple[list[int], list[int]]
 
@@ -55,7 +58,8 @@ class ConversationEncoder:
             header = f"{message['role']}\n"
             # A reply is generated after the encoded header, so there the two are encoded apart.
             before = [start, *self._text(header)] if spoken else [start]
-            body = [*self._parts("" if spoken else header, message["content"], counts), end]
+            body = self._said(message["content"]) if spoken else self._parts(header, message["content"], counts)
+            body = [*body, end]
             after = self._text("\n")
             ids += [*before, *body, *after]
             silent = [IGNORE_INDEX] * len(body)
@@ -63,6 +67,12 @@ class ConversationEncoder:
         if next(counts, None) is not None:
             raise ValueError("visual_tokens: expected one entry for each image and video of the messages, got more")
         return ids, labels
+
+    def _said(self, content: str | Sequence[dict[str, Any]]) -> list[int]:
+        """The ids of what the assistant says: text, in which the tokens of the grounding format stand for themselves."""
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        pieces = _GROUNDING.split(text)
+        return [i for piece in pieces for i in ([self._special[piece]] if _GROUNDING.fullmatch(piece) else self._text(piece))]
 
     def _parts(self, text: str, content: str | Sequence[dict[str, Any]], counts: Iterator[int]) -> list[int]:
         """The ids of a message's content after `text`; neighbouring texts are encoded as one."""
@@ -82,13 +92,26 @@ class ConversationEncoder:
         return ids + self._text(text)
 
 
+# Clips keep their size: the default bounds of a frame would enlarge such small ones.
+CLIP_BOUNDS = {"min_pixels": 28 * 28}
+
+
 def conversation(sample: Sample, *, answered: bool = True) -> list[dict[str, Any]]:
-    """A sample as a conversation: the picture and the question, and the answer unless it is to be generated."""
-    question = {
-        "role": "user",
-        "content": [{"type": "image", "image": sample.picture}, {"type": "text", "text": sample.question}],
-    }
-    return [question, {"role": "assistant", "content": sample.answer}] if answered else [question]
+    """A sample as a conversation: media and first question, answers and further questions; the last answer is left out unless
+    `answered`.
+    """
+    parts: list[dict[str, Any]] = []
+    for medium in sample.media:
+        if medium.kind == "image":
+            parts.append({"type": "image", "image": medium.frames[0]})
+        else:
+            parts.append({"type": "video", "video": list(medium.frames), **CLIP_BOUNDS})
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(sample.turns):
+        text = {"type": "text", "text": question}
+        messages.append({"role": "user", "content": [*parts, text] if number == 0 else [text]})
+        messages.append({"role": "assistant", "content": answer})
+    return messages if answered else messages[:-1]
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
@@ -104,16 +127,27 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def sample_batch(samples: Sequence[Sample], encoder: ConversationEncoder, pad_id: int) -> dict[str, torch.Tensor]:
-    """The inputs of the model for B samples of one picture each, pixel_values [T,1176] and image_grid_thw [B,3] among them."""
-    pixel_values, grids = pack_rows([sample.picture[None] for sample in samples])
-    counts = (grids.prod(1) // 4).tolist()
-    encoded = [encoder(conversation(sample), [count]) for sample, count in zip(samples, counts, strict=True)]
-    return {**collate(encoded, pad_id), "pixel_values": pixel_values, "image_grid_thw": grids}
+    """The inputs of the model for B samples, with pixel_values [T,1176] and image_grid_thw [N,3], or those of videos, where there
+    are any.
+    """
+    encoded = [encoder(conversation(sample), [medium.tokens for medium in sample.media]) for sample in samples]
+    batch = collate(encoded, pad_id)
+    for kind, rows, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        media = [medium.frames for sample in samples for medium in sample.media if medium.kind == kind]
+        if media:
+            batch[rows], batch[grid] = pack_rows(media)
+    return batch
 
 
-def answers_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """bool [B]: whether greedy decoding would say every labelled token. logits [B,S,V], labels [B,S]; shifts by one."""
-    targets = labels[:, 1:]
-    return ((logits[:, :-1].argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1)
-
-
+def answers(logits: torch.Tensor, labels: torch.Tensor, decode: Callable[[list[int]], str]) -> list[str]:
+    """The last answer of each sequence as the likeliest token after each token of the right one. logits [B,S,V], labels [B,S]."""
+    said = []
+    for row, targets in zip(logits[:, :-1].argmax(-1), labels[:, 1:], strict=True):
+        places = (targets != IGNORE_INDEX).nonzero().flatten()
+        gaps = (places.diff() > 1).nonzero().flatten()
+        last = places[int(gaps[-1]) + 1 :] if len(gaps) else places
+        said.append(decode(row[last].tolist()))
+    return said

@@ -1,8 +1,11 @@
 """The run that makes the nano checkpoint.
 
-    python -m qwen2vl_fast.training.nano train --out runs/nano --minutes 60 [--resume]
+    python -m qwen2vl_fast.training.nano train --out runs/nano --minutes 60 [--resume | --init CHECKPOINT]
     python -m qwen2vl_fast.training.nano eval CHECKPOINT
     python -m qwen2vl_fast.training.nano card CHECKPOINT
+
+Stages, after MODEL.md section 7: "text", the decoder on text alone; "tower", the vision tower alone through linear readings of
+every visual token; "whole", everything on conversations; "decoder", the decoder on conversations, the tower frozen.
 
 Nothing is drawn from a generator that outlives a step: every batch is a function of the recipe's seed, the step and the place
 in the curriculum. These are in the saved state with weights and moments, so a resumed run goes on bit for bit (same machine,
@@ -13,11 +16,14 @@ constant in between, a resumed run may be given another number of steps.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +35,86 @@ from ..config import Config
 from ..media import pack_rows
 from ..model import Qwen2VL
 from ..tokenizer import Tokenizer
-from .data import IGNORE_INDEX, ConversationEncoder, answers_right, sample_batch
+from .data import ConversationEncoder, answers, sample_batch
+from .muon import Muon
+from .nano_card import LOG, draw_curves, write_card
+from .nano_eval import COMPARED, SAMPLES, evaluate
 from .nano_files import CONFIG, GENERATION_CONFIG, TOKEN_IDS, write_files
-from .pictures import COLORS, MAX_COUNT, MAX_LEVEL, SHAPES, TASKS, TRAIN_SEEDS, VALIDATION_SEEDS, Sample, generate
+from .probe import Probe, in_pack_order
 from .state import load_state, replace_file, save_state, write_json
+from .tasks import MAX_LEVEL, TASKS, TRAIN_SEEDS, VALIDATION_SEEDS, Sample, generate, right
 
 STATE = "state.safetensors"
-LOG = "log.jsonl"
+NANO = Path(__file__).parents[1] / "assets" / "nano"
 
-# Share of each task in a batch. color and shape ask for one word of what name asks for, and so bring it along.
-SHARES = {"count": 0.7, "name": 0.18, "color": 0.04, "shape": 0.08}
-# The curriculum goes to the next level, and at the last one from the tower to the whole model, at these validation accuracies.
-PROMOTE = {"count": 0.6, "color": 0.9, "shape": 0.85}
-VALIDATION_SAMPLES = 64
-TOWER, WHOLE = "tower", "whole"
+TEXT, TOWER, WHOLE, DECODER = STAGES = ("text", "tower", "whole", "decoder")
+# Share of each task in a batch of a stage.
+SHARES: dict[str, dict[str, float]] = {
+    TEXT: {"copy": 0.75, "sum": 0.25},
+    TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
+    WHOLE: {
+        "read": 0.36, "name": 0.05, "count": 0.1, "box": 0.17, "relation": 0.08, "compare": 0.05, "motion": 0.04, "order": 0.04,
+        "followup": 0.05, "copy": 0.04, "sum": 0.02,
+    },
+}  # fmt: skip
+SHARES[DECODER] = SHARES[WHOLE]
+# Of the readings of the stage "tower", which need no curriculum: every character is a lesson of its own.
+TOWER_LEVELS = {task: 3 if task == "read" else MAX_LEVEL[task] for task in TASKS}
+# A task goes to its next level of difficulty at this validation accuracy.
+PROMOTE = 0.8
+VALIDATION_SAMPLES = 32
+# More than the samples of any step: steps draw from ranges of seeds that do not meet.
+_MOST = 1024
+# Weights that AdamW trains, besides vectors. Muon's products for the merger's matrix would take as long as all its others.
+_ADAMW = ("probe", "model.embed", "visual.merger.mlp.0")
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines a run. dtype: of forward and backward; weights and moments are float32 in either case."""
+    """What determines a run.
 
-    steps: int = 4800
-    tower_steps: int = 2200
+    text_steps, tower_steps: of the first two stages; decoder_steps: of the last one, which end at `steps`. batch, tower_batch:
+    samples a step; the stages text and tower have small ones. visual_lr: of the tower
+    in the stage "whole". adamw: AdamW's learning rate, a share of Muon's. probe: weight of the readings' loss in the stage "whole".
+    """
+
+    steps: int = 6000
+    text_steps: int = 400
+    tower_steps: int = 2400
+    decoder_steps: int = 200
     batch: int = 64
-    tower_lr: float = 2e-3
+    tower_batch: int = 192
+    tower_lr: float = 1e-3
     lr: float = 1e-3
-    warmup: int = 100
-    cooldown: float = 0.2
+    visual_lr: float = 5e-4
+    adamw: float = 0.3
+    warmup: int = 50
+    cooldown: float = 0.15
     weight_decay: float = 0.01
     clip: float = 1.0
-    dtype: str = "bfloat16"
+    probe: float = 0.3
+    dtype: str = "float32"
     seed: int = 0
 
-    def rate(self, stage: str, step: int, since: int) -> float:
-        """The learning rate of a step, 0 <= step < steps, of a stage that began at step `since`."""
+    def stage(self, step: int) -> str:
+        """The stage of a step."""
+        if step < self.text_steps + self.tower_steps:
+            return TEXT if step < self.text_steps else TOWER
+        return DECODER if step >= self.steps - self.decoder_steps else WHOLE
+
+    def size(self, stage: str) -> int:
+        """Samples of a step."""
+        return self.tower_batch if stage == TOWER else self.batch
+
+    def rate(self, step: int, visual: bool = False) -> float:
+        """The learning rate of a step, 0 <= step < steps, for the weights of the tower or for the others."""
+        stage = self.stage(step)
+        since = {TEXT: 0, TOWER: self.text_steps}.get(stage, self.text_steps + self.tower_steps)
         rise = (step - since + 1) / self.warmup
         fall = (self.steps - step) / max(1.0, self.cooldown * self.steps)
-        return (self.tower_lr if stage == TOWER else self.lr) * min(1.0, rise, fall)
+        full = self.tower_lr if stage == TOWER else self.visual_lr if visual else self.lr
+        return full * min(1.0, rise, fall)
 
 
 def initial_model(seed: int) -> Qwen2VL:
@@ -86,54 +135,19 @@ def initial_model(seed: int) -> Qwen2VL:
     return model
 
 
-_SCALARS = ("stage", "step", "since", "level", "seconds", "history")
-
-
-class Probe(torch.nn.Module):
-    """Linear readings of a picture's mean visual token: number, color and shape."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = torch.nn.ModuleDict({task: torch.nn.Linear(width, len(words)) for task, words in _WORDS.items()})
-        for parameter in self.parameters():
-            torch.nn.init.zeros_(parameter)
-
-    def loss(self, features: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-        """The sum of three cross entropies. features: [B, width]. Color and shape count where all shapes share theirs."""
-        loss = features.new_zeros((), dtype=torch.float32)
-        for task, head in self.heads.items():
-            targets = torch.tensor([_target(task, sample) for sample in samples])
-            loss = loss + torch.nn.functional.cross_entropy(head(features).float(), targets, ignore_index=IGNORE_INDEX)
-        return loss
-
-    def right(self, features: torch.Tensor, samples: Sequence[Sample], task: str) -> torch.Tensor:
-        """bool [B]: whether the reading for a task is right."""
-        return self.heads[task](features).argmax(1) == torch.tensor([_target(task, sample) for sample in samples])
-
-
-_WORDS = {"count": [str(n) for n in range(1, MAX_COUNT + 1)], "color": [*COLORS], "shape": [*SHAPES]}
-
-
-def _target(task: str, sample: Sample) -> int:
-    """Index into _WORDS[task], or IGNORE_INDEX where the shapes of the sample differ."""
-    said = {str(len(sample.shapes))} if task == "count" else {getattr(placed, task) for placed in sample.shapes}
-    return _WORDS[task].index(said.pop()) if len(said) == 1 else IGNORE_INDEX
+_SCALARS = ("step", "samples_seen", "levels", "seconds", "history")
 
 
 class Trainer:
-    """Model, optimizers and the place in the curriculum; `step` is the number of steps done, `since` the first of the stage.
-
-    The stage "tower" trains the vision tower alone, through a linear probe of the mean of a picture's visual tokens that tells
-    number, color and shape; a step takes a third of the time of one of the stage "whole", which trains the whole model.
-    """
+    """Model, optimizers and the place in the curriculum; `step` is the number of steps done, `levels` the difficulty by task."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.recipe = recipe
-        self.stage = TOWER
-        self.step, self.since, self.level, self.seconds = 0, 0, 0, 0.0
+        self.step, self.samples_seen, self.seconds = 0, 0, 0.0
+        self.levels = dict.fromkeys(TASKS, 0)
         # What each call of `train` was told, with the step that it began at.
         self.history: list[dict[str, Any]] = []
-        self._encoder = ConversationEncoder(tokenizer)
+        self._tokenizer, self._encoder = tokenizer, ConversationEncoder(tokenizer)
         self.model = initial_model(recipe.seed)
         self.probe = Probe(self.model.config.text.hidden_size)
         parts = {**dict(self.model.named_parameters()), **{f"probe.{n}": p for n, p in self.probe.named_parameters()}}
@@ -141,18 +155,36 @@ class Trainer:
         # The optimizers work on float32; the model, where it computes in bfloat16, on rounded copies.
         self.weights = {name: part.detach().clone().requires_grad_() for name, part in parts.items()}
         for module in (self.model, self.probe):
-            module.to(getattr(torch, recipe.dtype)).train()
-        matrices = [w for name, w in self.weights.items() if w.dim() == 2 and not name.startswith(("probe", "model.embed"))]
-        chosen = {id(weight) for weight in matrices}
-        others = [weight for weight in self.weights.values() if id(weight) not in chosen]
-        decay = recipe.weight_decay
+            module.to(device=_DEVICE, dtype=getattr(torch, recipe.dtype)).train()
         self.optimizers = (
-            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
+            Muon(self._groups(True), lr=recipe.lr, weight_decay=recipe.weight_decay),
+            torch.optim.AdamW(
+                self._groups(False), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+            ),
         )
+
+    def _groups(self, matrices: bool) -> list[dict[str, Any]]:
+        """Muon's weights or AdamW's: those of the tower, and the others."""
+        mine = {n: w for n, w in self.weights.items() if (w.dim() >= 2 and not n.startswith(_ADAMW)) == matrices}
+        return [
+            {"params": [w for n, w in mine.items() if n.startswith("visual") == visual], "visual": visual}
+            for visual in (True, False)
+        ]
+
+    @property
+    def stage(self) -> str:
+        return self.recipe.stage(self.step)
 
     def save(self, directory: Path) -> None:
         save_state(directory / STATE, self.weights, self.optimizers, {name: getattr(self, name) for name in _SCALARS})
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Take the weights of a checkpoint of this shape, moments at zero."""
+        model = Qwen2VL.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                self.weights[name].copy_(weight)
+        self._publish()
 
     def resume(self, directory: Path) -> None:
         scalars = load_state(directory / STATE, self.weights, self.optimizers)
@@ -165,21 +197,35 @@ class Trainer:
         for name, part in self._parts.items():
             part.copy_(self.weights[name])
 
+    def _levels(self) -> dict[str, int]:
+        return TOWER_LEVELS if self.stage == TOWER else self.levels
+
     def samples(self) -> list[Sample]:
-        """The training samples of the current step."""
-        recipe = self.recipe
+        """The training samples of the current step, a third of them of lower levels than those reached."""
+        recipe, stage = self.recipe, self.stage
+        size = recipe.size(stage)
         rng = np.random.default_rng((recipe.seed, self.step))
-        tasks = rng.choice(len(TASKS), recipe.batch, p=[SHARES[task] for task in TASKS])
-        first = recipe.seed * 2**32 + self.step * recipe.batch
-        samples = [generate(TASKS[task], TRAIN_SEEDS[first + index], self.level) for index, task in enumerate(tasks)]
+        shares = SHARES[stage]
+        tasks = rng.choice(len(shares), size, p=[*shares.values()])
+        first = recipe.seed * 2**32 + self.step * _MOST
+        samples = []
+        for index, task in enumerate([*shares][task] for task in tasks):
+            level = self._levels()[task]
+            if level and rng.random() < 1 / 3:
+                level = int(rng.integers(level))
+            samples.append(generate(task, TRAIN_SEEDS[first + index], level))
         # Neighbours of one size share an attention call.
-        return sorted(samples, key=lambda sample: (sample.picture.shape, len(sample.question) + len(sample.answer)))
+        return sorted(samples, key=lambda sample: (_shapes(sample), sum(map(len, itertools.chain(*sample.turns)))))
 
     def train_step(self) -> tuple[float, float]:
         """One step; the batch's loss and the norm of its gradient."""
-        samples = self.samples()
-        if self.stage == TOWER:
+        stage, samples = self.stage, self.samples()
+        self.model.visual.requires_grad_(stage != DECODER)
+        if stage == TOWER:
             loss = self.probe.loss(self._features(samples), samples)
+        elif stage == WHOLE:
+            features, output = self._forward(samples)
+            loss = output.loss + self.recipe.probe * self.probe.loss(features, samples)
         else:
             loss = self.model(**self._batch(samples), logits_to_keep=1).loss
         loss.backward()
@@ -188,47 +234,60 @@ class Trainer:
             part.grad = None
         updated = [weight for weight in self.weights.values() if weight.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(updated, self.recipe.clip, error_if_nonfinite=True)
-        for optimizer in self.optimizers:
+        for optimizer, share in zip(self.optimizers, (1.0, self.recipe.adamw), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.rate(self.stage, self.step, self.since)
+                group["lr"] = share * self.recipe.rate(self.step, group["visual"])
             optimizer.step()
         self._publish()
         self.step += 1
+        self.samples_seen += len(samples)
         return loss.item(), norm.item()
 
     def _features(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """[B, hidden]: the mean of each picture's visual tokens."""
-        pixel_values, grids = pack_rows([sample.picture[None] for sample in samples])
-        tokens = self.model.encode_images(pixel_values, grids)
-        counts = grids.prod(1) // 4
-        owner = torch.repeat_interleave(torch.arange(len(samples)), counts)
-        return tokens.new_zeros(len(samples), tokens.shape[1]).index_add(0, owner, tokens) / counts[:, None].to(tokens.dtype)
+        """The visual tokens of all images and then of all videos, as the model packs them."""
+        media = in_pack_order(samples)
+        return self.model.encode_images(*(rows.to(_DEVICE) for rows in pack_rows([medium.frames for medium in media])))
+
+    def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, Any]:
+        """The visual tokens and the output of one forward of conversations."""
+        seen: list[torch.Tensor] = []
+        hook = self.model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            output = self.model(**self._batch(samples), logits_to_keep=1)
+        finally:
+            hook.remove()
+        return torch.cat(seen), output
 
     def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        return sample_batch(samples, self._encoder, TOKEN_IDS["<|endoftext|>"])
+        batch = sample_batch(samples, self._encoder, TOKEN_IDS["<|endoftext|>"])
+        return {name: value.to(_DEVICE) for name, value in batch.items()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The share of right answers of each task at the level reached, on pictures of the validation range."""
+        """The share of right answers of each task of the stage at the level reached, on samples of the validation range.
+
+        In the stage "tower" the share of readings that are right; elsewhere every token follows the right ones before it.
+        """
         accuracy = {}
-        for task in TASKS if self.stage == WHOLE else PROMOTE:
-            samples = [generate(task, seed, self.level) for seed in VALIDATION_SEEDS[:VALIDATION_SAMPLES]]
+        for task in SHARES[self.stage]:
+            samples = [generate(task, seed, self._levels()[task]) for seed in VALIDATION_SEEDS[:VALIDATION_SAMPLES]]
             if self.stage == TOWER:
-                right = self.probe.right(self._features(samples), samples, task)
-            else:
-                batch = self._batch(samples)
-                labels = batch.pop("labels")
-                right = answers_right(self.model(**batch).logits, labels)
-            accuracy[task] = right.float().mean().item()
+                accuracy |= self.probe.accuracy(self._features(samples), samples, task)
+                continue
+            batch = self._batch(samples)
+            labels = batch.pop("labels")
+            said = answers(self.model(**batch).logits, labels, self._decode)
+            accuracy[task] = sum(map(right, samples, said)) / len(samples)
         return accuracy
 
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>")
+
     def promote(self, accuracy: dict[str, float]) -> None:
-        """To the next level or stage, if the accuracies of PROMOTE are reached or the steps of the stage are used up."""
-        reached = all(accuracy[task] >= share for task, share in PROMOTE.items())
-        if reached and self.level < MAX_LEVEL:
-            self.level += 1
-        elif self.stage == TOWER and (reached or self.step >= self.recipe.tower_steps):
-            self.stage, self.since = WHOLE, self.step
+        """Each task that reached PROMOTE goes to its next level."""
+        for task, level in self.levels.items():
+            if accuracy.get(task, 0.0) >= PROMOTE and level < MAX_LEVEL[task]:
+                self.levels[task] = level + 1
 
     def export(self, directory: Path) -> None:
         """Write the checkpoint in the released format, weights in bfloat16."""
@@ -239,6 +298,24 @@ class Trainer:
         replace_file(
             directory / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
         )
+
+
+def _shapes(sample: Sample) -> list[tuple[int, ...]]:
+    return [medium.frames.shape for medium in sample.media]
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep what is freed: a step allocates the same large tensors again, and new pages cost more than the sums.
+
+    The elementwise passes of a step took 2 to 5 times as long without it. Another C library is left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+            mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def processor_name() -> str:
@@ -254,11 +331,9 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "recipe": asdict(trainer.recipe),
         "step": trainer.step,
-        "pictures": trainer.step * trainer.recipe.batch,
+        "samples": trainer.samples_seen,
         "minutes": round(trainer.seconds / 60, 1),
-        "stage": trainer.stage,
-        "whole_since": trainer.since,
-        "level": trainer.level,
+        "levels": trainer.levels,
         "history": trainer.history,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "processor": processor_name(),
@@ -267,12 +342,15 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def train(directory: Path, recipe: Recipe, *, minutes: float, resume: bool, validate_every: int = 50) -> None:
+def train(
+    directory: Path, recipe: Recipe, *, minutes: float, resume: bool, init: Path | None = None, validate_every: int = 50
+) -> None:
     """Train until the recipe's last step or until `minutes` of this call have passed; the state is saved in either case.
 
     Args:
         directory: takes state.safetensors, log.jsonl and checkpoint/.
         resume: go on from directory's state; without it an existing state is an error.
+        init: the checkpoint that a new run takes its weights from; None is random weights.
         validate_every: steps between validations, at which the state is saved too.
     """
     if (directory / STATE).exists() != resume:
@@ -282,7 +360,11 @@ def train(directory: Path, recipe: Recipe, *, minutes: float, resume: bool, vali
     trainer = Trainer(recipe, Tokenizer.from_pretrained(checkpoint))
     if resume:
         trainer.resume(directory)
-    trainer.history.append({"step": trainer.step, "shares": SHARES, **asdict(recipe)})
+    elif init is not None:
+        trainer.start_from(init)
+    trainer.history.append(
+        {"step": trainer.step, "init": None if init is None else init.name, "shares": SHARES, **asdict(recipe)}
+    )
     begin, before = time.monotonic(), trainer.seconds
     losses: list[float] = []
     while trainer.step < recipe.steps:
@@ -292,28 +374,30 @@ def train(directory: Path, recipe: Recipe, *, minutes: float, resume: bool, vali
             raise RuntimeError(f"step {trainer.step}: the loss is {loss}")
         trainer.seconds = before + time.monotonic() - begin
         over = time.monotonic() - begin >= 60 * minutes
-        if trainer.step % validate_every == 0 or trainer.step == recipe.steps or over:
+        last = trainer.step == recipe.steps or trainer.stage != recipe.stage(trainer.step - 1)
+        if trainer.step % validate_every == 0 or last or over:
             accuracy = trainer.validate()
             _log(directory, trainer, float(np.mean(losses)), norm, accuracy)
             losses.clear()
             trainer.promote(accuracy)
             trainer.save(directory)
+            trainer.export(checkpoint)
+            write_json(checkpoint / "training.json", _facts(trainer))
+            shutil.copyfile(directory / LOG, checkpoint / LOG)
         if over:
             break
-    trainer.export(checkpoint)
-    write_json(checkpoint / "training.json", _facts(trainer))
 
 
 def _log(directory: Path, trainer: Trainer, loss: float, norm: float, accuracy: dict[str, float]) -> None:
     line = {
         "step": trainer.step,
-        "pictures": trainer.step * trainer.recipe.batch,
+        "samples": trainer.samples_seen,
         "minutes": round(trainer.seconds / 60, 2),
         "loss": round(loss, 4),
         "gradient_norm": round(norm, 3),
-        "lr": trainer.recipe.rate(trainer.stage, trainer.step - 1, trainer.since),
-        "stage": trainer.stage,
-        "level": trainer.level,
+        "lr": trainer.recipe.rate(trainer.step - 1),
+        "stage": trainer.recipe.stage(trainer.step - 1),
+        "levels": {task: level for task, level in trainer.levels.items() if task in SHARES[WHOLE]},
         "accuracy": {task: round(share, 3) for task, share in accuracy.items()},
     }
     with open(directory / LOG, "a", encoding="utf-8") as file:
@@ -322,38 +406,50 @@ def _log(directory: Path, trainer: Trainer, loss: float, norm: float, accuracy: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from .nano_eval import evaluate, write_card
-
-    defaults = Recipe()
     parser = argparse.ArgumentParser(prog="python -m qwen2vl_fast.training.nano", description="Train and measure nano.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train from scratch, or go on")
     training.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the checkpoint")
     training.add_argument("--minutes", type=float, default=60.0, help="stop and save after this time (default: 60)")
     training.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    training.add_argument("--steps", type=int, default=defaults.steps, help=f"last step (default: {defaults.steps})")
-    help = f"most steps of the tower alone (default: {defaults.tower_steps})"
-    training.add_argument("--tower-steps", type=int, default=defaults.tower_steps, help=help)
-    training.add_argument("--lr", type=float, default=defaults.lr, help=f"learning rate (default: {defaults.lr})")
-    training.add_argument("--dtype", choices=("float32", "bfloat16"), default=defaults.dtype, help="of forward and backward")
-    training.add_argument("--seed", type=int, default=defaults.seed)
+    training.add_argument("--init", type=Path, help="take the weights of this checkpoint, not random ones")
+    for field in fields(Recipe):
+        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        text = f"default: {field.default}"
+        training.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
     training.add_argument("--threads", type=int, default=None, help="of torch (default: torch's choice)")
-    measuring = commands.add_parser("eval", help="measure a checkpoint on unseen pictures; writes eval.json into it")
-    measuring.add_argument("checkpoint", type=Path)
-    measuring.add_argument("--samples", type=int, default=1000, help="pictures a task (default: 1000)")
-    card = commands.add_parser("card", help="write the model card from training.json and eval.json")
-    card.add_argument("checkpoint", type=Path)
+    measuring = commands.add_parser("eval", help="measure a checkpoint on unseen samples; writes its eval.json")
+    measuring.add_argument("checkpoint", type=Path, nargs="?", default=NANO, help="default: the embedded nano")
+    measuring.add_argument("--samples", type=int, default=SAMPLES, help=f"a task (default: {SAMPLES})")
+    text = f"samples a task for the other dtypes, transformers and patch (default: {COMPARED})"
+    measuring.add_argument("--compare", type=int, default=COMPARED, help=text)
+    measuring.add_argument("--backend", help="of the ops (default: the fastest)")
+    measuring.add_argument("--out", type=Path, help="write the result there, not into the checkpoint")
+    for name, text in (("card", "write the model card from training.json and eval.json"), ("plot", "draw the log's curves")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("checkpoint", type=Path, nargs="?", default=NANO, help="default: the embedded nano")
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
+        keep_memory()
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
-        chosen = {name: getattr(arguments, name) for name in ("steps", "tower_steps", "lr", "dtype", "seed")}
+        chosen = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
         arguments.out.mkdir(parents=True, exist_ok=True)
-        train(arguments.out, Recipe(**chosen), minutes=arguments.minutes, resume=arguments.resume)
+        recipe = Recipe(**chosen)
+        train(arguments.out, recipe, minutes=arguments.minutes, resume=arguments.resume, init=arguments.init)
     elif arguments.command == "eval":
-        print(json.dumps(evaluate(arguments.checkpoint, samples=arguments.samples), indent=2))
-    else:
+        result = evaluate(
+            arguments.checkpoint,
+            samples=arguments.samples,
+            compared=arguments.compare,
+            backend=arguments.backend,
+            out=arguments.out,
+        )
+        print(json.dumps(result, indent=2))
+    elif arguments.command == "card":
         write_card(arguments.checkpoint)
+    else:
+        draw_curves(arguments.checkpoint)
     return 0
 
 

@@ -1,9 +1,7 @@
-"""The pictures that nano learns from: a seeded generator of small scenes with a question and its answer.
+"""Coloured shapes on a background: what most of nano's pictures are made of.
 
-A sample is a function of (task, seed, level) alone. Training, validation and test draw their seeds from three disjoint ranges,
-so that no picture of the test was ever trained on. Sides are multiples of 28 px: a picture goes to the model without resizing.
-
-Shapes are drawn from signed distances (in pixels): coverage = clip(1/2 - distance, 0, 1) is their antialiased edge.
+Shapes are drawn from signed distances (in pixels): coverage = clip(1/2 - distance, 0, 1) is their antialiased edge. Levels of
+difficulty: 0 grey and plain, 1 tints, gradients and noise, 2 faint lines and stronger noise too.
 """
 
 from __future__ import annotations
@@ -15,13 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRAIN_SEEDS = range(2**40)
-VALIDATION_SEEDS = range(2**40, 2**40 + 2**20)
-TEST_SEEDS = range(2**41, 2**41 + 2**20)
-
-TASKS = ("count", "name", "color", "shape")
 MAX_LEVEL = 2
-MAX_COUNT = 6
 
 # Bounds of hue in degrees, saturation and value, drawn from uniformly. The gaps between the boxes keep the names unambiguous.
 COLORS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
@@ -34,13 +26,6 @@ COLORS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, f
     "pink": ((328, 344), (0.35, 0.5), (0.95, 1.0)),
     "black": ((0, 360), (0.0, 0.2), (0.0, 0.1)),
     "white": ((0, 360), (0.0, 0.03), (0.95, 1.0)),
-}
-
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "count": ("How many shapes are there?", "How many shapes?", "Count the shapes.", "How many objects do you see?"),
-    "name": ("What is this?", "What do you see?", "What is in the picture?", "Describe the picture."),
-    "color": ("What color is it?", "Which color is the shape?"),
-    "shape": ("What shape is it?", "Which shape is this?"),
 }
 
 # Least distance in RGB (0..255 each) between a shape and its background.
@@ -58,17 +43,6 @@ class Placed:
     y: float
     radius: float
     angle: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture uint8 [H,W,3], sides multiples of 28, what it shows, a question about it, and the one right answer."""
-
-    picture: np.ndarray
-    shapes: tuple[Placed, ...]
-    question: str
-    answer: str
-    task: str
 
 
 def _circle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -113,8 +87,8 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 }
 
 
-def draw(canvas: np.ndarray, placed: Placed) -> None:
-    """Paint one shape on canvas, float32 [H,W,3], in place."""
+def draw(canvas: np.ndarray, placed: Placed) -> tuple[int, int, int, int]:
+    """Paint one shape on canvas, float32 [H,W,3], in place; returns its tight box left, top, right, bottom in pixels."""
     height, width = canvas.shape[:2]
     reach = 1.05 * placed.radius + 1
     left, right = max(0, int(placed.x - reach)), min(width, int(placed.x + reach) + 2)
@@ -124,8 +98,9 @@ def draw(canvas: np.ndarray, placed: Placed) -> None:
     cos, sin = math.cos(placed.angle), math.sin(placed.angle)
     distance = SHAPES[placed.shape](cos * x + sin * y, cos * y - sin * x, placed.radius)
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    box = canvas[top:bottom, left:right]
-    box += cover * (placed.rgb - box)
+    canvas[top:bottom, left:right] += cover * (placed.rgb - canvas[top:bottom, left:right])
+    columns, rows = (np.flatnonzero((distance < 0).any(axis)) for axis in (0, 1))
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
 def shade(rng: np.random.Generator, color: str) -> np.ndarray:
@@ -134,7 +109,7 @@ def shade(rng: np.random.Generator, color: str) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb((hue % 360) / 360, saturation, value), dtype=np.float32) * 255
 
 
-def _background(rng: np.random.Generator, shapes: list[np.ndarray], level: int) -> np.ndarray:
+def _base(rng: np.random.Generator, shapes: list[np.ndarray], level: int) -> np.ndarray:
     """A colour float32 [3] at a distance of every shape's colour."""
     while True:
         saturation = rng.random() * (0.0, 0.25, 0.5)[level]
@@ -144,9 +119,9 @@ def _background(rng: np.random.Generator, shapes: list[np.ndarray], level: int) 
             return color
 
 
-def _canvas(rng: np.random.Generator, height: int, width: int, shapes: list[np.ndarray], level: int) -> np.ndarray:
+def background(rng: np.random.Generator, height: int, width: int, shapes: list[np.ndarray], level: int) -> np.ndarray:
     """A background float32 [H,W,3]: plain, then from level 1 a gradient, and at level 2 faint thin lines too."""
-    base = _background(rng, shapes, level)
+    base = _base(rng, shapes, level)
     canvas = np.empty((height, width, 3), dtype=np.float32)
     canvas[:] = base
     if level == 0:
@@ -166,14 +141,7 @@ def _canvas(rng: np.random.Generator, height: int, width: int, shapes: list[np.n
     return canvas
 
 
-def _size(rng: np.random.Generator, level: int) -> tuple[int, int]:
-    """Height and width: 56, 84 or 112 px each, at level 2 in one picture of sixteen 140 or 168."""
-    sides = (140, 168) if level == 2 and rng.random() < 1 / 16 else (56, 84, 112)
-    height, width = rng.choice(sides), rng.choice((56, 84, 112))
-    return (int(height), int(width)) if rng.random() < 0.5 else (int(width), int(height))
-
-
-def _place(rng: np.random.Generator, count: int, height: int, width: int) -> list[tuple[float, float, float]]:
+def place(rng: np.random.Generator, count: int, height: int, width: int) -> list[tuple[float, float, float]]:
     """Centres and radii of count discs inside the canvas, at least 2.5 px apart; all shrink together until they fit."""
     scale = 1.0
     while True:
@@ -191,59 +159,8 @@ def _place(rng: np.random.Generator, count: int, height: int, width: int) -> lis
         scale *= 0.9
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, shapes: list[Placed], level: int) -> np.ndarray:
-    for placed in shapes:
-        draw(canvas, placed)
+def finish(rng: np.random.Generator, canvas: np.ndarray, level: int) -> np.ndarray:
+    """The canvas as uint8, with noise that grows with the level."""
     if level > 0:
-        strength = (0, 4, 8)[level] * rng.random()
-        canvas += strength * rng.standard_normal(canvas.shape, dtype=np.float32)
+        canvas += (0, 4, 8)[level] * rng.random() * rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-
-
-def generate(task: str, seed: int, level: int = MAX_LEVEL) -> Sample:
-    """The sample of a task for a seed.
-
-    Args:
-        task: one of TASKS. count: 1 to 6 shapes; name, color, shape: one shape.
-        seed: a non-negative integer; the sample depends on nothing else but task and level.
-        level: 0 (grey plain background, up to 4 shapes), 1 (tints, gradients, noise, up to 6 shapes) or 2 (faint lines,
-            stronger noise, all sizes). The test is made at level 2.
-    """
-    if task not in TASKS:
-        raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
-    if not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"level: expected 0 to {MAX_LEVEL}, got {level}")
-    rng = np.random.default_rng((seed, TASKS.index(task)))
-    height, width = _size(rng, level)
-    count = int(rng.integers(1, (4, MAX_COUNT, MAX_COUNT)[level] + 1)) if task == "count" else 1
-    names, colors = list(SHAPES), list(COLORS)
-    # Half of the scenes of several shapes are of one kind, half of one colour.
-    one_kind, one_color = rng.random(2) < 0.5
-    kinds = [names[i] for i in rng.integers(0, len(names), count)]
-    paints = [colors[i] for i in rng.integers(0, len(colors), count)]
-    if one_kind:
-        kinds = kinds[:1] * count
-    palette = 1 if one_color else 2
-    paints = [paints[i % palette] for i in range(count)]
-    shades = {color: shade(rng, color) for color in dict.fromkeys(paints)}
-    canvas = _canvas(rng, height, width, list(shades.values()), level)
-    turns = (rng.random(count) - 0.5) * 0.8
-    discs = _place(rng, count, height, width)
-    shapes = [
-        Placed(kind, color, shades[color], x, y, radius, float(turn))
-        for kind, color, turn, (x, y, radius) in zip(kinds, paints, turns, discs, strict=True)
-    ]
-    picture = _paint(rng, canvas, shapes, level)
-    question = QUESTIONS[task][int(rng.integers(len(QUESTIONS[task])))]
-    return Sample(picture, tuple(shapes), question, _answer(task, shapes), task)
-
-
-def _answer(task: str, shapes: list[Placed]) -> str:
-    first = shapes[0]
-    if task == "count":
-        return str(len(shapes))
-    if task == "color":
-        return first.color
-    if task == "shape":
-        return first.shape
-    return f"{'an' if first.color[0] in 'aeiou' else 'a'} {first.color} {first.shape}"
