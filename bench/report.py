@@ -234,9 +234,9 @@ def nano() -> str:
     result, facts = read(NANO / "eval.json"), read(NANO / "training.json")
     samples = next(iter(result["tasks"].values()))["samples"]
     where = f"{result['device']}, torch {result['torch']}: `{result['command']}`, {samples} samples a task"
-    trained = f"{facts['samples']} training samples in {facts['minutes']} minutes on {facts['threads']} thread of a {facts['processor']}"
+    trained = f"{facts['samples']} training samples, {facts['minutes']} minutes of {facts['threads']} CPU thread"
     lines = [*nano_card.accuracy_table(result), "", *nano_card.ways_table(result), ""]
-    return "\n".join([*lines, f"{where}; after {trained}, from the weights of the version before where the card says so."])
+    return "\n".join([*lines, f"{where}; after {trained} (the model card has the run)"])
 
 
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {

@@ -24,8 +24,8 @@ PICTURES = Path(__file__).parent / "assets" / "pictures"
 class Picture:
     """A question of the demo: `sources` are paths of images, or lists of the paths of a clip's frames.
 
-    `before` are earlier questions with their answers, `options` those of the media (min_pixels). `answer` is the right one. `nano`
-    says whether nano was trained on pictures and questions of this kind.
+    `before` are earlier questions with their answers, `options` those of the media (min_pixels). `answer` is the right one.
+    `nano` says whether nano was trained on pictures and questions of this kind.
     """
 
     name: str

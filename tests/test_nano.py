@@ -105,7 +105,9 @@ def model() -> Qwen2VL:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_accuracy_on_unseen_samples_is_that_of_the_card(task: str, model: Qwen2VL, processor: Processor, measured: dict) -> None:
+def test_accuracy_on_unseen_samples_is_that_of_the_card(
+    task: str, model: Qwen2VL, processor: Processor, measured: dict
+) -> None:
     """On samples beyond those of the card. A checkpoint as good as it says fails once in 5000 such tests."""
     promised = measured["tasks"][task]
     samples = nano_eval.unseen(task, SAMPLES, first=promised["samples"])
@@ -201,7 +203,9 @@ def test_a_stage_trains_its_part_and_nothing_else(stage: str, trained: set[str])
 
 
 def test_stages_and_rates() -> None:
-    recipe = nano.Recipe(steps=1000, text_steps=100, tower_steps=200, decoder_steps=50, lr=1e-3, tower_lr=2e-3, warmup=50, cooldown=0.2)
+    recipe = nano.Recipe(
+        steps=1000, text_steps=100, tower_steps=200, decoder_steps=50, lr=1e-3, tower_lr=2e-3, warmup=50, cooldown=0.2
+    )
     stages = [recipe.stage(step) for step in (0, 99, 100, 299, 300, 949, 950, 999)]
     assert stages == [s for s in nano.STAGES for _ in range(2)]
     rates = [recipe.rate(step) for step in (0, 49, 99, 100, 149, 300, 349, 800, 900, 999)]
@@ -250,7 +254,11 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for _ in range(2):
         assert nano.main(["train", "--out", str(out), "--resume", *short]) == 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
-    assert [(line["step"], line["stage"], line["samples"]) for line in lines] == [(1, "text", 2), (2, "tower", 4), (3, "whole", 6)]
+    assert [(line["step"], line["stage"], line["samples"]) for line in lines] == [
+        (1, "text", 2),
+        (2, "tower", 4),
+        (3, "whole", 6),
+    ]
     assert set(lines[2]["accuracy"]) == {*TASKS} and not list(out.glob("**/*.tmp"))
     checkpoint = out / "checkpoint"
     facts = json.loads((checkpoint / "training.json").read_text("utf-8"))

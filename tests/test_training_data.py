@@ -13,7 +13,15 @@ from qwen2vl_fast.chat import Processor
 from qwen2vl_fast.media import preprocess_images
 from qwen2vl_fast.tokenizer import Tokenizer
 from qwen2vl_fast.training import lettering, shapes
-from qwen2vl_fast.training.data import CLIP_BOUNDS, IGNORE_INDEX, ConversationEncoder, answers, collate, conversation, sample_batch
+from qwen2vl_fast.training.data import (
+    CLIP_BOUNDS,
+    IGNORE_INDEX,
+    ConversationEncoder,
+    answers,
+    collate,
+    conversation,
+    sample_batch,
+)
 from qwen2vl_fast.training.nano_files import TOKEN_IDS, build_tokenizer, write_files
 from qwen2vl_fast.training.tasks import (
     CELL_COLUMNS,
@@ -92,7 +100,9 @@ def test_media_have_legal_sizes_and_as_many_labels_as_tokens(task: str) -> None:
 
 
 def test_sizes_cover_the_range() -> None:
-    sides = {side for task in ("read", "name") for seed in range(200) for side in generate(task, seed).media[0].frames.shape[1:3]}
+    sides = {
+        side for task in ("read", "name") for seed in range(200) for side in generate(task, seed).media[0].frames.shape[1:3]
+    }
     assert {28, 56, 84, 112, 140, 168} < sides and sides & {280, 336}
 
 
@@ -143,7 +153,9 @@ def test_boxes_are_those_of_the_named_shape() -> None:
         name = sample.question.removeprefix("Find the ").removesuffix(".")
         assert sample.answer.startswith(f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>(")
         height, width = sample.media[0].frames.shape[1:3]
-        assert 0 <= min(sample.box) and max(sample.box) <= 999 and sample.box[0] < sample.box[2] and sample.box[1] < sample.box[3]
+        assert (
+            0 <= min(sample.box) and max(sample.box) <= 999 and sample.box[0] < sample.box[2] and sample.box[1] < sample.box[3]
+        )
         # Two shapes may have their centres in one cell; the cell's labels are one's.
         names, boxes = shown(sample)
         for found, box in zip(names, boxes, strict=True):
@@ -304,7 +316,9 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_answers_are_the_likeliest_tokens_of_the_last_turn() -> None:
-    labels = torch.tensor([[IGNORE_INDEX, 2, 3, IGNORE_INDEX, 1, 2], [IGNORE_INDEX, 2, 3, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
+    labels = torch.tensor(
+        [[IGNORE_INDEX, 2, 3, IGNORE_INDEX, 1, 2], [IGNORE_INDEX, 2, 3, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
+    )
     said = torch.tensor([[3, 3, 0, 1, 0, 0], [2, 1, 3, 0, 0, 0]])
     logits = torch.nn.functional.one_hot(said, 4).float()
     assert answers(logits, labels, lambda ids: "".join(map(str, ids))) == ["10", "21"]

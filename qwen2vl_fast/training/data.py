@@ -97,9 +97,7 @@ CLIP_BOUNDS = {"min_pixels": 28 * 28}
 
 
 def conversation(sample: Sample, *, answered: bool = True) -> list[dict[str, Any]]:
-    """A sample as a conversation: media and first question, answers and further questions; the last answer is left out unless
-    `answered`.
-    """
+    """A sample as a conversation: media and question, answers and further questions; the last answer only if `answered`."""
     parts: list[dict[str, Any]] = []
     for medium in sample.media:
         if medium.kind == "image":
@@ -127,8 +125,8 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def sample_batch(samples: Sequence[Sample], encoder: ConversationEncoder, pad_id: int) -> dict[str, torch.Tensor]:
-    """The inputs of the model for B samples, with pixel_values [T,1176] and image_grid_thw [N,3], or those of videos, where there
-    are any.
+    """The inputs of the model for B samples, with pixel_values [T,1176] and image_grid_thw [N,3] where there are images, and
+    with those of videos where there are any.
     """
     encoded = [encoder(conversation(sample), [medium.tokens for medium in sample.media]) for sample in samples]
     batch = collate(encoded, pad_id)
@@ -143,7 +141,7 @@ def sample_batch(samples: Sequence[Sample], encoder: ConversationEncoder, pad_id
 
 
 def answers(logits: torch.Tensor, labels: torch.Tensor, decode: Callable[[list[int]], str]) -> list[str]:
-    """The last answer of each sequence as the likeliest token after each token of the right one. logits [B,S,V], labels [B,S]."""
+    """The last answer of each row: the likeliest token after each token of the right one. logits [B,S,V], labels [B,S]."""
     said = []
     for row, targets in zip(logits[:, :-1].argmax(-1), labels[:, 1:], strict=True):
         places = (targets != IGNORE_INDEX).nonzero().flatten()

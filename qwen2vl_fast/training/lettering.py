@@ -5,7 +5,7 @@ The alphabet leaves out O, 0, I and 1, which some fonts draw alike.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ def _folder() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_folder() / f"{name}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(name: str, size: int, character: str) -> tuple[np.ndarray, int, int, float]:
     """Coverage float32 [h,w] in 0..1 of a character's ink, its offset (x, y) from pen and top of line, and its advance."""
     font = _font(name, size)
@@ -52,7 +52,7 @@ def extent(name: str, size: int, text: str, spacing: float) -> tuple[float, floa
 def write(
     canvas: np.ndarray, text: str, name: str, size: int, x: float, y: float, rgb: np.ndarray, spacing: float = 0.0
 ) -> list[tuple[float, float]]:
-    """Write a line on canvas, float32 [H,W,3], with its pen at x and the top of its line at y; the centres of the characters."""
+    """Write a line on canvas, float32 [H,W,3], from x on and with its top at y; the centres of its characters."""
     centers = []
     for character in text:
         mask, left, top, advance = glyph(name, size, character)

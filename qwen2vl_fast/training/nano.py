@@ -42,7 +42,7 @@ from .nano_eval import COMPARED, SAMPLES, evaluate
 from .nano_files import CONFIG, GENERATION_CONFIG, TOKEN_IDS, write_files
 from .probe import Probe, in_pack_order
 from .state import load_state, replace_file, save_state, write_json
-from .tasks import MAX_LEVEL, TASKS, TRAIN_SEEDS, VALIDATION_SEEDS, Sample, generate, right
+from .tasks import MAX_LEVEL, PROMOTE, TASKS, TRAIN_SEEDS, VALIDATION_SEEDS, Sample, generate, right
 
 STATE = "state.safetensors"
 NANO = Path(__file__).parents[1] / "assets" / "nano"
@@ -60,8 +60,6 @@ SHARES: dict[str, dict[str, float]] = {
 SHARES[DECODER] = SHARES[WHOLE]
 # Of the readings of the stage "tower", which need no curriculum: every character is a lesson of its own.
 TOWER_LEVELS = {task: 3 if task == "read" else MAX_LEVEL[task] for task in TASKS}
-# A task goes to its next level of difficulty at this validation accuracy.
-PROMOTE = 0.8
 VALIDATION_SAMPLES = 32
 # More than the samples of any step: steps draw from ranges of seeds that do not meet.
 _MOST = 1024
@@ -74,9 +72,9 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Recipe:
     """What determines a run.
 
-    text_steps, tower_steps: of the first two stages; decoder_steps: of the last one, which end at `steps`. batch, tower_batch:
-    samples a step; the stages text and tower have small ones. visual_lr: of the tower
-    in the stage "whole". adamw: AdamW's learning rate, a share of Muon's. probe: weight of the readings' loss in the stage "whole".
+    text_steps, tower_steps: of the first two stages; decoder_steps: of the last one, which ends at `steps`. batch, tower_batch:
+    samples a step, of the stage "tower" and of the others. visual_lr: of the tower in the stage "whole". adamw: AdamW's
+    learning rate, a share of Muon's. probe: weight of the readings' loss in the stage "whole".
     """
 
     steps: int = 6000
@@ -139,7 +137,7 @@ _SCALARS = ("step", "samples_seen", "levels", "seconds", "history")
 
 
 class Trainer:
-    """Model, optimizers and the place in the curriculum; `step` is the number of steps done, `levels` the difficulty by task."""
+    """Model, optimizers and the place in the curriculum: the number of steps done, and the level of each task."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.recipe = recipe
@@ -292,9 +290,7 @@ class Trainer:
     def export(self, directory: Path) -> None:
         """Write the checkpoint in the released format, weights in bfloat16."""
         write_files(directory)
-        tensors = {
-            name: self.weights[name].detach().bfloat16().contiguous() for name, _ in self.model.named_parameters()
-        }
+        tensors = {name: self.weights[name].detach().bfloat16().contiguous() for name, _ in self.model.named_parameters()}
         replace_file(
             directory / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
         )

@@ -1,22 +1,23 @@
-"""The model card of a nano checkpoint and the picture of its training, from training.json, eval.json and log.jsonl beside it."""
+"""The model card of a nano checkpoint and the curves of its training, from training.json, eval.json and log.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from .lettering import ALPHABET
+from .lettering import ALPHABET, FONTS
 from .shapes import COLORS, SHAPES
-from .tasks import MAX_COUNT, MAX_LEVEL, QUESTIONS, TASKS, TEST_SEEDS, generate
+from .tasks import LARGEST_TYPE, MAX_COUNT, MAX_LEVEL, PROMOTE, SMALLEST_TYPE, TASKS, TEST_SEEDS, generate
 
 LOG = "log.jsonl"
 WHAT = {
     "read": "read 1 to 6 characters, in a quarter of the pictures on two lines",
     "name": "name colour and shape, or one of them",
     "count": f"count 1 to {MAX_COUNT} shapes",
-    "box": "point at one of up to three shapes: IoU of at least 0.5, and the name",
+    "box": "point at one of up to three shapes (IoU of at least 0.5)",
     "relation": "what stands beside, above or below a shape",
     "compare": "which of two pictures has more shapes (chance: half)",
     "motion": "the direction in a clip of 4 to 16 frames (chance: a quarter)",
@@ -66,122 +67,97 @@ def write_card(checkpoint: Path) -> None:
     (checkpoint / "README.md").write_text(_card(facts, measured), encoding="utf-8")
 
 
-_CHANGES = ("step", "steps", "text_steps", "tower_steps", "decoder_steps", "batch", "tower_batch", "tower_lr", "visual_lr", "lr")
+_CHANGES = (
+    "step",
+    "steps",
+    "text_steps",
+    "tower_steps",
+    "decoder_steps",
+    "batch",
+    "tower_batch",
+    "tower_lr",
+    "visual_lr",
+    "lr",
+)
 
 
 def _settings(call: dict[str, Any]) -> list[str]:
-    shares = call["shares"]["whole"]
-    return [
-        *(str(call[key]) for key in _CHANGES),
-        str(call["init"] or ""),
-        " ".join(f"{task} {100 * share:.0f}" for task, share in shares.items()),
-    ]
+    shares = " ".join(f"{task} {100 * share:.0f}" for task, share in call["shares"]["whole"].items())
+    return [*(str(call.get(key, "")) for key in _CHANGES), call["init"] or "", shares]
 
 
 def _card(facts: dict[str, Any], measured: dict[str, Any]) -> str:
     recipe, count = facts["recipe"], next(iter(measured["tasks"].values()))["samples"]
     margin = f"{196 * math.sqrt(0.8 * 0.2 / count):.1f}"
-    shown = examples()
-    asked = [[task, *(repr(text)[1:-1] for text in shown[task])] for task in TASKS]
-    lengths, numbers = (measured["tasks"][task][key] for task, key in (("read", "by_length"), ("count", "by_count")))
+    lengths, numbers = measured["tasks"]["read"]["by_length"], measured["tasks"]["count"]["by_count"]
     begun = [call["init"] for call in facts["history"] if call["init"]]
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "---",
-        "# nano",
-        "",
-        f"A Qwen2-VL of {facts['parameters'] / 1e6:.2f} million parameters in the released checkpoint format, trained by qwen2vl_fast",
-        "on pictures, clips and texts that qwen2vl_fast draws. It exists so that the package can be tried and tested without a",
-        "download. It knows the tasks below and nothing else: anything else gets an answer in their form that means nothing.",
-        "",
-        "## What it does",
-        "",
-        f"Answers to {count} unseen samples a task, greedy, in float32. An answer counts when every character is right; a box when the",
-        "name is and the intersection over union is at least 0.5.",
-        "",
-        *accuracy_table(measured),
-        "",
-        f"With {count} samples chance alone moves a figure near 80 % by up to {margin} points (95 % interval). Measured by",
-        f"`{measured['command']}` (torch {measured['torch']}, {measured['device']}); eval.json has all figures.",
-        "",
-        "Reading by the number of characters:",
-        "",
-        *table(["characters", *lengths], [["right", *map(percent, lengths.values())]]),
-        "",
-        "Counting by the number of shapes:",
-        "",
-        *table(["shapes", *numbers], [["right", *map(percent, numbers.values())]]),
-        "",
-        "The same questions computed in other ways:",
-        "",
-        *ways_table(measured),
-        "",
-        "transformers 5 gives the text after a clip with more frame pairs than its grid has rows and columns lower positions than",
-        "the released models were trained with (MODEL.md section 4 of this project has the case); so does a model of its own.",
-        "",
-        "## What it is asked",
-        "",
+    begin = f"with the weights of the earlier {' and '.join(begun)}, not at random" if begun else "with random weights"
+    hardware = f"{facts['threads']} thread of a 2-core {facts['processor']}"
+    parts: list[str | list[str]] = [
+        f"""A Qwen2-VL of {facts["parameters"] / 1e6:.2f} million parameters in the released checkpoint format, trained by
+        qwen2vl_fast on pictures, clips and texts that it draws itself. It exists so that the package can be tried and tested
+        without a download. It knows the tasks below and nothing else: anything else gets an answer in their form that means
+        nothing.""",
+        ["## What it does"],
+        f"""Greedy answers to {count} unseen samples a task, in float32. An answer counts when every character is right; a box
+        when the name is and the intersection over union is at least 0.5.""",
+        accuracy_table(measured),
+        f"""With {count} samples chance alone moves a figure near 80 % by up to {margin} points (95 % interval). Measured by
+        `{measured["command"]}` (torch {measured["torch"]}, {measured["device"]}); eval.json has all figures.""",
+        "Reading by the number of characters, and counting by the number of shapes:",
+        table(["characters", *lengths], [["right", *map(percent, lengths.values())]]),
+        table(["shapes", *numbers], [["right", *map(percent, numbers.values())]]),
+        "The first samples of each task, computed in other ways:",
+        ways_table(measured),
+        """transformers 5 gives what follows a clip with more frame pairs than rows and columns lower positions than the
+        released models were trained with; patched by this package it does not.""",
+        ["## What it is asked"],
         "The first sample of each task's test:",
-        "",
-        *table(["task", "question", "answer"], asked),
-        "",
-        "Clips keep their size: give `min_pixels=784` with a small clip, for the default of 128 visual tokens a frame pair would",
-        "enlarge it beyond what nano was trained on.",
-        "",
-        "## Data",
-        "",
-        "`qwen2vl_fast/training/tasks.py` makes it from a seed; training, validation and test have disjoint ranges of seeds. Shapes are",
-        f"{', '.join(SHAPES)} in {', '.join(COLORS)},",
-        "in many shades, sizes, angles and places, over plain or graded backgrounds with noise and faint lines. Text is of the",
-        f"characters {ALPHABET} in ten fonts that matplotlib ships, from 14 px up.",
-        "Half of the sides are 56 px, the others 84 or 112 (text also 28 px high and up to 168 px wide); one picture of sixteen is",
-        "up to 168 px, one of a hundred up to 336 px. The sums and short texts of the test are few enough that training has seen them.",
-        "",
-        "## Training",
-        "",
-        "Four stages. Text: the decoder alone on copying and sums. Tower: the vision tower alone, text frozen; the loss is that of linear",
-        "readings of every visual token (the characters, the shape, colour and box at its place) and of the mean of a picture's tokens",
-        "(number, motion). Whole: everything on conversations, where the loss counts what the assistant says and its `<|im_end|>`, and",
-        f"{recipe['probe']} times the readings' loss. Decoder: the decoder alone, the tower frozen. The difficulty of a task rises when 80 %",
-        "of its validation answers are right. Muon for the matrices and AdamW for the rest,",
-        f"weight decay {recipe['weight_decay']}, gradient norm clipped at {recipe['clip']}; learning rate after {recipe['warmup']} steps of warmup"
-        f" falling to zero over the last {100 * recipe['cooldown']:.0f} %",
-        f"of the steps; {recipe['dtype']}.",
-        "",
-        *table(
-            ["steps", "samples", "minutes", "hardware"],
-            [[str(facts["step"]), str(facts["samples"]), str(facts["minutes"]), f"{facts['threads']} thread of a 2-core {facts['processor']}"]],
+        table(
+            ["task", "question", "answer"], [[task, *(repr(text)[1:-1] for text in turn)] for task, turn in examples().items()]
         ),
-        "",
-        "The minutes are wall-clock time on a machine that did other work too; weights are stored in bfloat16. To train one from",
-        "scratch: `qwen2vl-fast train nano --out runs/nano --minutes 150 --threads 1`. "
-        + (
-            f"This one began with the weights of {' and '.join(begun)}, not at random."
-            if begun
-            else "So did this one begin, with random weights."
+        """Clips keep their size: give `min_pixels=784` with a small clip, for the default of 128 visual tokens a frame pair
+        would enlarge it beyond what nano was trained on.""",
+        ["## Data"],
+        f"""`qwen2vl_fast/training/tasks.py` makes it from a seed; training, validation and test have disjoint ranges of seeds.
+        Shapes are {", ".join(SHAPES)} in {", ".join(COLORS)}, in many shades, sizes, angles and places, over plain or graded
+        backgrounds with noise and faint lines. Text is of the characters {ALPHABET}, {SMALLEST_TYPE} to {LARGEST_TYPE} px
+        high, in {len(FONTS)} fonts that matplotlib ships ({", ".join(FONTS)}). Half of the sides are 56 px, the others 84 or
+        112 (text also 28 px high and up to 168 wide); one picture of sixteen is up to 168 px, one of a hundred up to 336 px.
+        The sums and the shortest texts of the test are so few that training has seen them.""",
+        ["## Training"],
+        f"""Four stages. Text: the decoder alone on copying and sums. Tower: the vision tower alone, the decoder frozen; the
+        loss is that of linear readings of every visual token (the characters, the shape, colour and box at its place) and of
+        the mean of a picture's tokens (number, motion). Whole: everything on conversations, where the loss counts what the
+        assistant says and its `<|im_end|>`, and {recipe["probe"]} times the readings' loss. Decoder: the decoder alone, the
+        tower frozen. The difficulty of a task rises when {100 * PROMOTE:.0f} % of its validation answers are right. Muon
+        for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]}, gradient norm clipped at
+        {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of
+        warmup, falling to zero over the last {100 * recipe["cooldown"]:.0f} % of the steps; AdamW's
+        is {recipe["adamw"]} of Muon's; {recipe["dtype"]}.""",
+        table(
+            ["steps", "samples", "minutes", "hardware"], [[*(str(facts[k]) for k in ("step", "samples", "minutes")), hardware]]
         ),
-        "The run was stopped and resumed with other settings where this table has more than one row (shares in percent of the samples):",
-        "",
-        *table([*map(_spaced, _CHANGES), "weights from", "shares"], [_settings(call) for call in facts["history"]]),
-        "",
+        f"""The minutes are wall-clock time on a machine that did other work too; weights are stored in bfloat16. From scratch:
+        `qwen2vl-fast train nano --out runs/nano --minutes 150 --threads 1`, which has not been run in one go. This checkpoint's
+        run began {begin}, and was stopped and resumed with other settings (and easier or harder data) where this table has more
+        than one row; shares are percent of the samples in the stage "whole".""",
+        table([*map(_spaced, _CHANGES), "weights from", "shares"], [_settings(call) for call in facts["history"]]),
         "![accuracy by task](curves.png)",
-        "",
-        "Levels reached on the training side (the test is at the highest): "
-        + ", ".join(f"{task} {level} of {MAX_LEVEL[task]}" for task, level in facts["levels"].items())
-        + ".",
-        "",
-        "## Tokens and template",
-        "",
-        "Token ids 0 to 255 are the bytes of UTF-8; the special tokens of Qwen2-VL follow. The chat template adds no default system",
-        "turn, which would cost 48 tokens here; nano was trained without one.",
-        "",
+        f"""Levels of difficulty reached in training, of the highest, at which the test is made:
+        {", ".join(f"{task} {level} of {MAX_LEVEL[task]}" for task, level in facts["levels"].items())}.""",
+        ["## Tokens and template"],
+        """Token ids 0 to 255 are the bytes of UTF-8; the special tokens of Qwen2-VL follow. The chat template adds no default
+        system turn, which would cost 48 tokens here; nano was trained without one.""",
     ]
-    return "\n".join(lines)
+    blocks = [textwrap.fill(" ".join(part.split()), 120) if isinstance(part, str) else "\n".join(part) for part in parts]
+    return "---\nlicense: apache-2.0\n---\n# nano\n\n" + "\n\n".join(blocks) + "\n"
 
 
 def _spaced(name: str) -> str:
-    return {"step": "from step", "steps": "last step", "lr": "learning rate", "tower_lr": "tower rate"}.get(name, name.replace("_", " "))
+    return {"step": "from step", "steps": "last step", "lr": "learning rate", "tower_lr": "tower rate"}.get(
+        name, name.replace("_", " ")
+    )
 
 
 def draw_curves(checkpoint: Path) -> None:
@@ -194,7 +170,13 @@ def draw_curves(checkpoint: Path) -> None:
     log = [json.loads(line) for line in (checkpoint / LOG).read_text(encoding="utf-8").splitlines()]
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), dpi=75, sharex=True, layout="constrained")
     colors = pyplot.get_cmap("tab20").colors
-    readings = {"read.char0": "1st character", "read.char1": "2nd", "count.count": "number", "name.kind": "shape", "motion.direction": "motion"}
+    readings = {
+        "read.char0": "1st character",
+        "read.char1": "2nd",
+        "count.count": "number",
+        "name.kind": "shape",
+        "motion.direction": "motion",
+    }
     for axes, names, title in (
         (above, {task: task for task in TASKS}, "validation answers, at the level reached"),
         (below, readings, "readings of visual tokens in the stage tower"),

@@ -106,7 +106,7 @@ def compare(model: Any, processor: Processor, data: dict[str, list[Sample]], sai
 def evaluate(
     checkpoint: Path, *, samples: int = SAMPLES, compared: int = COMPARED, backend: str | None = None, out: Path | None = None
 ) -> dict[str, Any]:
-    """Measure every task in float32, then the other ways on the first of the samples; writes `out`, or eval.json beside the weights.
+    """Measure every task in float32, then the other ways on the first of the samples; writes `out` or eval.json.
 
     Args:
         samples: of each task. compared: how many of them the other ways answer; 0 leaves them out.

@@ -63,7 +63,7 @@ class Probe(torch.nn.Module):
 
     @torch.no_grad()
     def accuracy(self, features: torch.Tensor, samples: Sequence[Sample], task: str) -> dict[str, float]:
-        """The share of right readings by column, where there is something to read: "task.column", and the mean error of boxes."""
+        """The share of right readings where there is something to read, by "task.column", and the boxes' mean error."""
         media = in_pack_order(samples)
         result = {}
         for name, logits, targets in self._readings(features, media):

@@ -20,11 +20,13 @@ VALIDATION_SEEDS = range(2**40, 2**40 + 2**20)
 TEST_SEEDS = range(2**41, 2**41 + 2**20)
 
 MAX_COUNT = 9
+# A task goes to its next level of difficulty at this validation accuracy.
+PROMOTE = 0.8
 IGNORE = -100
 DIRECTIONS = ("left", "right", "up", "down")
-# What is known of each visual token (a cell of 28 x 28 px of a frame pair), and of each frame pair as a whole: the number of
-# values of each column. char: the characters centred in the cell, from the left, 0 for none; index: the place of the first of them
-# in the text; kind, color: of the shape there, 0 for none; centers: how many shapes are centred there.
+# What is known of each visual token (a cell of 28 x 28 px of a frame pair), and of each frame pair as a whole: the number
+# of values of each column. char: the characters centred in the cell, from the left, 0 for none; index: the place of the
+# first of them in the text; kind, color: of the shape there, 0 for none; centers: how many shapes are centred there.
 CELL_COLUMNS = {"char0": 33, "char1": 33, "char2": 33, "index": 12, "kind": 7, "color": 10, "centers": 4}
 PAIR_COLUMNS = {"count": MAX_COUNT + 1, "direction": len(DIRECTIONS)}
 
@@ -33,8 +35,8 @@ PAIR_COLUMNS = {"count": MAX_COUNT + 1, "direction": len(DIRECTIONS)}
 class Medium:
     """An image uint8 [1,H,W,3] or a clip [N,H,W,3], N even, and what is known of its cells and frame pairs.
 
-    cells: int64 [P * H/28 * W/28, len(CELL_COLUMNS)], boxes: float32 [.., 4], left, top, right, bottom of the shape at the cell as
-    shares of the sides, NaN for none; pairs: int64 [P, len(PAIR_COLUMNS)]. IGNORE where nothing is known.
+    cells: int64 [P * H/28 * W/28, len(CELL_COLUMNS)]. boxes: float32 [.., 4], left, top, right, bottom of the shape at the
+    cell as shares of the sides, NaN for none. pairs: int64 [P, len(PAIR_COLUMNS)]. IGNORE where nothing is known.
     """
 
     frames: np.ndarray
@@ -179,9 +181,7 @@ def _name_one(rng: np.random.Generator, level: int) -> Sample:
 def grounding(name: str, box: Sequence[int]) -> str:
     """A name and its box, thousandths of the sides, in the grounding format of MODEL.md section 6."""
     left, top, right, bottom = box
-    return (
-        f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({left},{top}),({right},{bottom})<|box_end|>"
-    )
+    return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({left},{top}),({right},{bottom})<|box_end|>"
 
 
 def _box(rng: np.random.Generator, level: int) -> Sample:
@@ -190,8 +190,7 @@ def _box(rng: np.random.Generator, level: int) -> Sample:
     height, width = medium.frames.shape[1:3]
     left, top, right, bottom = boxes[0]
     box = tuple(
-        min(999, round(1000 * value / side))
-        for value, side in ((left, width), (top, height), (right, width), (bottom, height))
+        min(999, round(1000 * value / side)) for value, side in ((left, width), (top, height), (right, width), (bottom, height))
     )
     name = _name(found[0])
     return Sample("box", (medium,), ((f"Find the {name}.", grounding(name, box)),), box=box)
@@ -216,7 +215,9 @@ def _relation(rng: np.random.Generator, level: int) -> Sample:
         radius = min(height, width) / 4 * (0.6 + 0.3 * rng.random())
         slack_x, slack_y = width / 4 - radius, height / 4 - radius
         places.append((
-            width * (x + 0.5) / 2 + slack_x * (rng.random() - 0.5), height * (y + 0.5) / 2 + slack_y * (rng.random() - 0.5), radius
+            width * (x + 0.5) / 2 + slack_x * (rng.random() - 0.5),
+            height * (y + 0.5) / 2 + slack_y * (rng.random() - 0.5),
+            radius,
         ))  # fmt: skip
     medium, found, _ = _scene(rng, level, _names(rng, len(taken), different=True), places, (height, width))
     return Sample("relation", (medium,), ((f"What is {word} the {_name(found[0])}?", _article(_name(found[1]))),))
@@ -281,8 +282,10 @@ def _read(rng: np.random.Generator, level: int) -> Sample:
     canvas = shapes.background(rng, height, width, [color], style)
     if abs(canvas.mean((0, 1)) @ _LUMA - color @ _LUMA) < 80:
         # Readable by brightness, not by hue alone.
-        canvas = 255 - canvas if abs(255 - canvas.mean((0, 1)) @ _LUMA - color @ _LUMA) >= 80 else np.full_like(
-            canvas, 245 if color @ _LUMA < 128 else 10
+        canvas = (
+            255 - canvas
+            if abs(255 - canvas.mean((0, 1)) @ _LUMA - color @ _LUMA) >= 80
+            else np.full_like(canvas, 245 if color @ _LUMA < 128 else 10)
         )
     centers = []
     for number, line in enumerate(lines):
@@ -411,7 +414,14 @@ def _sum(rng: np.random.Generator, level: int) -> Sample:
 
 QUESTIONS = {
     "read": ("Read the text.", "Read the text.", "Read the text.", "What does it say?"),
-    "name": ("What is this?", "What do you see?", "What is this?", "What do you see?", "What color is it?", "What shape is it?"),
+    "name": (
+        "What is this?",
+        "What do you see?",
+        "What is this?",
+        "What do you see?",
+        "What color is it?",
+        "What shape is it?",
+    ),
     "count": ("How many shapes?", "Count the shapes."),
 }
 _GENERATORS: dict[str, Callable[[np.random.Generator, int], Sample]] = {
