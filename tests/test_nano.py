@@ -204,12 +204,13 @@ def test_a_stage_trains_its_part_and_nothing_else(stage: str, trained: set[str])
 
 def test_stages_and_rates() -> None:
     recipe = nano.Recipe(
-        steps=1000, text_steps=100, tower_steps=200, decoder_steps=50, lr=1e-3, tower_lr=2e-3, warmup=50, cooldown=0.2
+        steps=1000, text_steps=100, tower_steps=200, decoder_steps=50, tower_lr=2e-3, visual_lr=1e-3, warmup=50, cooldown=0.2
     )
     stages = [recipe.stage(step) for step in (0, 99, 100, 299, 300, 949, 950, 999)]
     assert stages == [s for s in nano.STAGES for _ in range(2)]
     rates = [recipe.rate(step) for step in (0, 49, 99, 100, 149, 300, 349, 800, 900, 999)]
-    assert rates == pytest.approx([2e-5, 1e-3, 1e-3, 4e-5, 2e-3, 2e-5, 1e-3, 1e-3, 5e-4, 5e-6])
+    assert rates == pytest.approx([2e-5, 1e-3, 1e-3, 4e-5, 1.755e-3, 2e-5, 1e-3, 1e-3, 5e-4, 5e-6])
+    assert recipe.rate(299) == pytest.approx(1.005e-3) and recipe.rate(900, visual=True) == pytest.approx(5e-4)
 
 
 def test_levels_rise_with_accuracy_alone() -> None:

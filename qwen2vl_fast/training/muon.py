@@ -1,7 +1,6 @@
 """Muon for matrices in float32: momentum, made orthogonal by a Newton-Schulz iteration, scaled to AdamW's size of step.
 
-torch.optim.Muon iterates in bfloat16, which a processor without such instructions emulates: for nano's largest matrix 5.1 s
-against 0.11 s in float32, one thread of an AVX2 processor.
+torch.optim.Muon iterates in bfloat16, which a processor without such instructions emulates many times slower (docs/LOG.md).
 """
 
 from __future__ import annotations
