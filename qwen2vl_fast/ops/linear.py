@@ -20,6 +20,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _linear_impl(x, weight, bias):
@@ -39,8 +40,10 @@ def _backward(ctx, grad):
     wanted = ctx.needs_input_grad
     grads, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_x = _linear(grad, weight.t().contiguous(), None) if wanted[0] else None
-    # oneDNN's product would need both operands copied to transpose them, which costs more than it gains.
-    grad_weight = grads.t() @ rows if wanted[1] else None
+    grad_weight = None
+    if wanted[1]:
+        # oneDNN needs both operands copied to transpose them. Where MKL uses all of the processor, it is faster without.
+        grad_weight = _linear(grads.t().contiguous(), rows.t().contiguous(), None) if _AVX512 else grads.t() @ rows
     return grad_x, grad_weight, grads.sum(0) if ctx.has_bias and wanted[2] else None
 
 

@@ -53,8 +53,8 @@ SHARES: dict[str, dict[str, float]] = {
     TEXT: {"copy": 0.75, "sum": 0.25},
     TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
     WHOLE: {
-        "read": 0.38, "name": 0.04, "count": 0.12, "box": 0.18, "relation": 0.1, "compare": 0.03, "motion": 0.02, "order": 0.05,
-        "followup": 0.04, "copy": 0.03, "sum": 0.01,
+        "read": 0.4, "name": 0.02, "count": 0.09, "box": 0.17, "relation": 0.09, "compare": 0.02, "motion": 0.01, "order": 0.06,
+        "followup": 0.02, "copy": 0.08, "sum": 0.04,
     },
 }  # fmt: skip
 SHARES[DECODER] = SHARES[WHOLE]
@@ -73,8 +73,9 @@ class Recipe:
     """What determines a run.
 
     text_steps, tower_steps: of the first two stages; decoder_steps: of the last one, which ends at `steps`. batch, tower_batch:
-    samples a step, of the stage "tower" and of the others. tower_lr: falls to visual_lr over the stage "tower"; the tower goes on
-    with that in the stage "whole". adamw: AdamW's learning rate, a share of Muon's. probe: weight of the readings' loss in the stage "whole".
+    samples a step, of the stage "tower" and of the others. tower_lr: falls to visual_lr over the stage "tower"; the tower goes
+    on with that in the stage "whole". adamw: AdamW's learning rate, a share of Muon's. probe: weight of the readings' loss in
+    the stage "whole"; readings: pictures a step that are only read there, which is cheap beside a conversation.
     """
 
     steps: int = 6000
@@ -92,6 +93,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     probe: float = 0.3
+    readings: int = 96
     dtype: str = "float32"
     seed: int = 0
 
@@ -197,20 +199,22 @@ class Trainer:
         for name, part in self._parts.items():
             part.copy_(self.weights[name])
 
-    def _levels(self) -> dict[str, int]:
-        return TOWER_LEVELS if self.stage == TOWER else self.levels
-
     def samples(self) -> list[Sample]:
-        """The training samples of the current step, a third of them of lower levels than those reached."""
-        recipe, stage = self.recipe, self.stage
-        size = recipe.size(stage)
-        rng = np.random.default_rng((recipe.seed, self.step))
+        """The training samples of the current step."""
+        return self._draw(self.stage, self.recipe.size(self.stage), 0)
+
+    def _levels(self, stage: str) -> dict[str, int]:
+        return TOWER_LEVELS if stage == TOWER else self.levels
+
+    def _draw(self, stage: str, size: int, start: int) -> list[Sample]:
+        """Samples of a stage from the seeds of this step, from the one with index `start` on; a third are of lower levels."""
+        rng = np.random.default_rng((self.recipe.seed, self.step, start))
         shares = SHARES[stage]
         tasks = rng.choice(len(shares), size, p=[*shares.values()])
-        first = recipe.seed * 2**32 + self.step * _MOST
+        first = self.recipe.seed * 2**32 + self.step * _MOST + start
         samples = []
         for index, task in enumerate([*shares][task] for task in tasks):
-            level = self._levels()[task]
+            level = self._levels(stage)[task]
             if level and rng.random() < 1 / 3:
                 level = int(rng.integers(level))
             samples.append(generate(task, TRAIN_SEEDS[first + index], level))
@@ -225,7 +229,12 @@ class Trainer:
             loss = self.probe.loss(self._features(samples), samples)
         elif stage == WHOLE:
             features, output = self._forward(samples)
-            loss = output.loss + self.recipe.probe * self.probe.loss(features, samples)
+            readings = self.probe.loss(features, samples)
+            if self.recipe.readings:
+                more = self._draw(TOWER, self.recipe.readings, len(samples))
+                readings = readings + self.probe.loss(self._features(more), more)
+                samples = [*samples, *more]
+            loss = output.loss + self.recipe.probe * readings
         else:
             loss = self.model(**self._batch(samples), logits_to_keep=1).loss
         loss.backward()
@@ -270,7 +279,7 @@ class Trainer:
         """
         accuracy = {}
         for task in SHARES[self.stage]:
-            samples = [generate(task, seed, self._levels()[task]) for seed in VALIDATION_SEEDS[:VALIDATION_SAMPLES]]
+            samples = [generate(task, seed, self._levels(self.stage)[task]) for seed in VALIDATION_SEEDS[:VALIDATION_SAMPLES]]
             if self.stage == TOWER:
                 accuracy |= self.probe.accuracy(self._features(samples), samples, task)
                 continue

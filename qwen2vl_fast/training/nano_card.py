@@ -68,17 +68,9 @@ def write_card(checkpoint: Path) -> None:
 
 
 _CHANGES = (
-    "step",
-    "steps",
-    "text_steps",
-    "tower_steps",
-    "decoder_steps",
-    "batch",
-    "tower_batch",
-    "tower_lr",
-    "visual_lr",
-    "lr",
-)
+    "step", "steps", "text_steps", "tower_steps", "decoder_steps", "batch", "tower_batch", "readings", "tower_lr", "visual_lr",
+    "lr", "adamw", "cooldown",
+)  # fmt: skip
 
 
 def _settings(call: dict[str, Any]) -> list[str]:
@@ -129,7 +121,8 @@ def _card(facts: dict[str, Any], measured: dict[str, Any]) -> str:
         f"""Four stages. Text: the decoder alone on copying and sums. Tower: the vision tower alone, the decoder frozen; the
         loss is that of linear readings of every visual token (the characters, the shape, colour and box at its place) and of
         the mean of a picture's tokens (number, motion). Whole: everything on conversations, where the loss counts what the
-        assistant says and its `<|im_end|>`, and {recipe["probe"]} times the readings' loss. Decoder: the decoder alone, the
+        assistant says and its `<|im_end|>`, and {recipe["probe"]} times the readings' loss, with {recipe["readings"]} further
+        pictures a step that are only read. Decoder: the decoder alone, the
         tower frozen. The difficulty of a task rises when {100 * PROMOTE:.0f} % of its validation answers are right. Muon
         for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]}, gradient norm clipped at
         {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of

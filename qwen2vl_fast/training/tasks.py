@@ -21,7 +21,7 @@ TEST_SEEDS = range(2**41, 2**41 + 2**20)
 
 MAX_COUNT = 9
 # A task goes to its next level of difficulty at this validation accuracy.
-PROMOTE = 0.6
+PROMOTE = 0.4
 IGNORE = -100
 DIRECTIONS = ("left", "right", "up", "down")
 # What is known of each visual token (a cell of 28 x 28 px of a frame pair), and of each frame pair as a whole: the number
@@ -200,7 +200,7 @@ _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1
 
 
 def _relation(rng: np.random.Generator, level: int) -> Sample:
-    """Shapes on two rows of two places, three or four of them taken: the neighbour of one in a direction."""
+    """Shapes on two rows of two places, at the last level three or four: the neighbour of one in a direction."""
     height, width = (int(_pick(rng, _SIDES)) for _ in range(2))
     word = str(_pick(rng, [*_BESIDE]))
     down, across = _BESIDE[word]
@@ -209,7 +209,7 @@ def _relation(rng: np.random.Generator, level: int) -> Sample:
     column = int(rng.integers(2)) if across == 0 else (1 if across < 0 else 0)
     taken = [(row, column), (row + down, column + across)]
     others = [place for place in ((0, 0), (0, 1), (1, 0), (1, 1)) if place not in taken]
-    taken += [others[i] for i in rng.permutation(2)[: int(rng.integers((0, 1, 1)[level], 3))]]
+    taken += [others[i] for i in rng.permutation(2)[: int(rng.integers((0, 0, 1)[level], (1, 2, 3)[level]))]]
     places = []
     for y, x in taken:
         radius = min(height, width) / 4 * (0.6 + 0.3 * rng.random())
