@@ -74,7 +74,7 @@ def test_shipped_files_are_what_the_code_writes(tmp_path: Path, measured: dict) 
     write_files(tmp_path)
     for file in tmp_path.iterdir():
         assert json.loads(file.read_text("utf-8")) == json.loads((NANO / file.name).read_text("utf-8")), file.name
-    for name in ("training.json", "eval.json"):
+    for name in ("training.json", "eval.json", "log.jsonl"):
         (tmp_path / name).write_bytes((NANO / name).read_bytes())
     nano_card.write_card(tmp_path)
     assert (tmp_path / "README.md").read_text("utf-8") == (NANO / "README.md").read_text("utf-8")
@@ -152,7 +152,7 @@ def trainer(stage: str, **changes) -> nano.Trainer:
         nano.WHOLE: {"text_steps": 0, "tower_steps": 0, "decoder_steps": 0},
         nano.DECODER: {"text_steps": 0, "tower_steps": 0, "decoder_steps": 100},
     }[stage]
-    recipe = nano.Recipe(**{"batch": 8, "tower_batch": 8, "warmup": 1, "steps": 100, **lengths, **changes})
+    recipe = nano.Recipe(**{"batch": 8, "tower_batch": 8, "readings": 0, "warmup": 1, "steps": 100, **lengths, **changes})
     run = nano.Trainer(recipe, Tokenizer.from_pretrained(NANO))
     assert run.stage == stage
     return run
@@ -181,6 +181,22 @@ def test_a_resumed_run_repeats_the_bits(stage: str, dtype: str, tmp_path: Path) 
     assert (second.step, second.stage, second.levels["read"], second.samples_seen) == (2, stage, 1, 16)
     assert [second.train_step() for _ in range(2)] == expected
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
+
+
+def test_readings_beside_conversations_change_the_tower_alone() -> None:
+    """The loss is that of the conversations and the readings' share; the decoder's gradient is that of the conversations."""
+    seen = []
+    for readings in (0, 8):
+        run = trainer(nano.WHOLE, readings=readings, clip=1e9)
+        # A probe begins at zero, and then passes no gradient on.
+        for parameter in run.probe.parameters():
+            torch.nn.init.constant_(parameter, 0.01).data[::2] *= -1
+        losses = [run.train_step()[0]]
+        seen.append((losses[0], {name: weight.grad for name, weight in run.weights.items()}, run.samples_seen))
+    (alone, before, few), (together, after, many) = seen
+    assert together > alone and (few, many) == (8, 16)
+    for name, grad in before.items():
+        assert torch.equal(grad, after[name]) == name.startswith("model"), name
 
 
 @pytest.mark.parametrize(
@@ -248,7 +264,20 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(nano, "VALIDATION_SAMPLES", 2)
     monkeypatch.setattr(nano, "keep_memory", lambda: None)
     out = tmp_path / "run"
-    short = ["--minutes", "0", "--batch", "2", "--tower-batch", "2", "--text-steps", "1", "--tower-steps", "1"]
+    short = [
+        "--minutes",
+        "0",
+        "--batch",
+        "2",
+        "--tower-batch",
+        "2",
+        "--readings",
+        "0",
+        "--text-steps",
+        "1",
+        "--tower-steps",
+        "1",
+    ]
     assert nano.main(["train", "--out", str(out), "--init", str(NANO), *short]) == 0
     with pytest.raises(ValueError, match="--resume"):
         nano.main(["train", "--out", str(out), *short])

@@ -42,7 +42,17 @@ from .nano_eval import COMPARED, SAMPLES, evaluate
 from .nano_files import CONFIG, GENERATION_CONFIG, TOKEN_IDS, write_files
 from .probe import Probe, in_pack_order
 from .state import load_state, replace_file, save_state, write_json
-from .tasks import MAX_LEVEL, PROMOTE, TASKS, TRAIN_SEEDS, VALIDATION_SEEDS, Sample, generate, right
+from .tasks import (
+    MAX_LEVEL,
+    PROMOTE,
+    TASKS,
+    TRAIN_SEEDS,
+    VALIDATION_SAMPLES,
+    VALIDATION_SEEDS,
+    Sample,
+    generate,
+    right,
+)
 
 STATE = "state.safetensors"
 NANO = Path(__file__).parents[1] / "assets" / "nano"
@@ -53,14 +63,13 @@ SHARES: dict[str, dict[str, float]] = {
     TEXT: {"copy": 0.75, "sum": 0.25},
     TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
     WHOLE: {
-        "read": 0.4, "name": 0.02, "count": 0.09, "box": 0.17, "relation": 0.09, "compare": 0.02, "motion": 0.01, "order": 0.06,
-        "followup": 0.02, "copy": 0.08, "sum": 0.04,
+        "read": 0.5, "name": 0.02, "count": 0.07, "box": 0.14, "relation": 0.08, "compare": 0.02, "motion": 0.01, "order": 0.05,
+        "followup": 0.02, "copy": 0.06, "sum": 0.03,
     },
 }  # fmt: skip
 SHARES[DECODER] = SHARES[WHOLE]
 # Of the readings of the stage "tower", which need no curriculum: every character is a lesson of its own.
 TOWER_LEVELS = {task: 3 if task == "read" else MAX_LEVEL[task] for task in TASKS}
-VALIDATION_SAMPLES = 32
 # More than the samples of any step: steps draw from ranges of seeds that do not meet.
 _MOST = 1024
 # Weights that AdamW trains, besides vectors. Muon's products for the merger's large matrix would take too long.

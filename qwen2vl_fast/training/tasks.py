@@ -22,6 +22,7 @@ TEST_SEEDS = range(2**41, 2**41 + 2**20)
 MAX_COUNT = 9
 # A task goes to its next level of difficulty at this validation accuracy.
 PROMOTE = 0.4
+VALIDATION_SAMPLES = 32
 IGNORE = -100
 DIRECTIONS = ("left", "right", "up", "down")
 # What is known of each visual token (a cell of 28 x 28 px of a frame pair), and of each frame pair as a whole: the number
