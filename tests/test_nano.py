@@ -96,7 +96,8 @@ def test_other_ways_to_compute_answer_alike(measured: dict) -> None:
                 continue  # Its positions after a clip are others: the card says so.
             expected = measured["tasks"][task]["accuracy"]
             assert tail(found["right"], found["samples"], min(max(expected, 0.005), 0.995)) > 1e-4, (name, task)
-            assert found["same"] >= 0.8 * found["samples"], (name, task)
+            # A box has a score of digits, and one other digit of them makes another answer.
+            assert found["same"] >= (0.6 if task == "box" else 0.8) * found["samples"], (name, task)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from .tasks import TASKS, TEST_SEEDS, Sample, generate, right
 
 BATCH = 50
 MAX_NEW_TOKENS = 48
-SAMPLES, COMPARED = 1000, 100
+SAMPLES, COMPARED = 1000, 50
 Answers = dict[str, list[str]]
 
 
