@@ -10,9 +10,9 @@
 # BUDGET=                     seconds that `all` may take (default: as long as it takes)
 #
 # Each part takes less than ten minutes; one that takes longer is stopped and counts as failed. `all` takes its steps in order of
-# what they are worth, whatever fails, and ends with a summary. A step that passed on these very sources is not repeated: with
-# the same OUT a second call goes on where the first one stopped. It measures the device as it is: no clock, power or mode is
-# touched.
+# what they are worth, whatever fails, and ends with a summary. A step that passed on these very sources and device is not
+# repeated: with the same OUT a second call goes on where the first one stopped. It measures the device as it is: no clock,
+# power or mode is touched.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -142,9 +142,13 @@ STEPS=(
   "generate_7B 240 subject generate --size 7B"
 )
 
-state() { # of the sources, in a few letters
-  find kernels qwen2vl_fast csrc bench tests -type f \( -name '*.py' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.h' -o -name '*.sh' \) \
-    -not -path '*/results/*' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12
+state() { # of the sources, the device and whether there is an extension, in a few letters: another device measures anew
+  {
+    find kernels qwen2vl_fast csrc bench tests -type f \( -name '*.py' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.h' -o -name '*.sh' \) \
+      -not -path '*/results/*' -print0 | sort -z | xargs -0 sha256sum
+    find qwen2vl_fast -maxdepth 1 -name '_C*.so' | sort
+    nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null
+  } | sha256sum | cut -c1-12
 }
 
 all() {
@@ -171,6 +175,7 @@ all() {
     echo "=== $name"
     local start=$SECONDS
     if part "$name" $command; then
+      [ "$name" != build ] || now=$(state)
       echo "$now" >"$OUT/done/$name"
       summary+=("$name passed in $((SECONDS - start)) s")
     else

@@ -121,7 +121,7 @@ def _swiglu_backward_kernel(
 def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.Tensor:
     """QuickGELU or GELU of x [..., F] + bias [F], contiguous."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x = _rows(x)
+    x, bias = _rows(x), None if bias is None else bias.contiguous()
     rows, width = x.shape
     if rows:
         start(
@@ -143,6 +143,7 @@ def launch_backward(
     chunks = blocks_of(rows, per_chunk)
     grad_bias = partial = None
     if bias is not None:
+        bias = bias.contiguous()
         grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
         partial = torch.empty((chunks, 1, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if rows:

@@ -124,6 +124,7 @@ def launch(
 
     rows: [T] int64, row t of y comes from row rows[t] of x [T, C].
     """
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
     x = _rows(x)
@@ -158,6 +159,7 @@ def launch_backward(
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of x (what was normalised), weight and bias. grad_total: what reaches x besides, when x was a sum."""
+    weight = weight.contiguous()
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
     has_total = grad_total is not None

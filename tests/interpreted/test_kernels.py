@@ -179,6 +179,29 @@ def check_strides(device: str) -> None:
     assert all(map(same_bits, outs, expected))
 
 
+@pytest.mark.parametrize("name", ["one element", "every other"])
+def test_parameters_of_any_strides(name, device):
+    """A weight and a bias that are views give the bits and the gradients of their copies, and nothing beside them is read."""
+    generator = torch.Generator().manual_seed(0)
+    x, row = torch.randn(8, 33, generator=generator).to(device), torch.randn(66, generator=generator).to(device)
+    view = row[:1].expand(33) if name == "one element" else row[::2]
+    for run in (
+        lambda x, p: ops.rms_norm(x, p, eps=1e-6, backend="triton"),
+        lambda x, p: ops.rms_norm(x, p, eps=1e-6, residual=x, backend="triton")[0],
+        lambda x, p: ops.layer_norm(x, p, p, eps=1e-6, backend="triton"),
+        lambda x, p: ops.merge_patches(x, p, p, backend="triton"),
+        lambda x, p: ops.merge_patches(x, p, p, grid_thw=torch.tensor([[1, 2, 4]]), backend="triton"),
+        lambda x, p: ops.quick_gelu(x, p, backend="triton"),
+        lambda x, p: ops.gelu(x, p, backend="triton"),
+    ):
+        results = []
+        for parameter in (view.detach(), view.clone(memory_format=torch.contiguous_format)):
+            leaves = x.clone().requires_grad_(), parameter.requires_grad_()
+            out = run(*leaves)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+        assert all(map(same_bits, *results))
+
+
 def test_strides(device, one_program_for_all_heads):
     for on in (False, True):
         one_program_for_all_heads(on)
