@@ -155,6 +155,8 @@ def model_calls() -> dict[str, tuple[int, dict[str, Callable[[], Any]]]]:
             one_model(input_ids=ids, past_key_values=cache)
 
     def step(one_model: nn.Module, **inputs: Any) -> None:
+        if not one_model.training:
+            one_model.train()
         one_model(**inputs).loss.backward()
 
     def decode(one_model: nn.Module, cache: Any) -> None:
@@ -178,11 +180,11 @@ def model_calls() -> dict[str, tuple[int, dict[str, Callable[[], Any]]]]:
             name: (lambda m=m, cache=cache: decode(m, cache)) for (name, m), cache in zip(theirs.items(), caches, strict=True)
         }),
         "tower, training": (DEPTH, {
-            **{name: (lambda m=m: tower_step(m.train())) for name, m in theirs.items()},
+            **{name: (lambda m=m: tower_step(m)) for name, m in theirs.items()},
             "Qwen2VL": lambda: own.visual(pixels, GRID).sum().backward(),
         }),
         "decoder, training": (DEPTH, {
-            name: (lambda m=m: step(m.train(), input_ids=ids, labels=labels)) for name, m in theirs.items()
+            name: (lambda m=m: step(m, input_ids=ids, labels=labels)) for name, m in theirs.items()
         }),
     }  # fmt: skip
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 TESTS = "tests/models/qwen2_vl/test_modeling_qwen2_vl.py"
+SHARED = Path(__file__).resolve().parent / "upstream_model.py"  # where the checkout is a source distribution
 
 
 class Outcomes:
@@ -64,7 +67,14 @@ def run(mode: str, outcomes: Path, arguments: list[str]) -> int:
 
     plugin = Outcomes()
     count = patch_everything() if mode == "patched" else [0]
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *(arguments or [TESTS])], plugins=[plugin])
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short"]
+    if not Path(TESTS).exists():
+        sys.modules["tests"] = folder = ModuleType("tests")  # without an __init__.py this repository's would go first
+        folder.__path__ = [str(Path.cwd() / "tests")]
+        options += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, "--rootdir", str(Path.cwd()), str(SHARED)]
+    elif not arguments:
+        options.append(TESTS)
+    code = pytest.main([*options, *arguments], plugins=[plugin])
     outcomes.write_text(json.dumps(plugin.found, indent=2) + "\n", encoding="utf-8")
     if mode == "patched":
         print(f"{count[0]} models were patched")

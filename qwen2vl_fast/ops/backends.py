@@ -96,7 +96,8 @@ def _function(name: str, implementation: Callable, setup_context: Callable, back
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"qwen2vl_fast_{name}", (torch.autograd.Function,), methods).apply
+    cls = type(f"qwen2vl_fast_{name}", (torch.autograd.Function,), methods)
+    return super(torch.autograd.Function, cls).apply  # Function's own looks at every argument for transforms: there are none
 
 
 @functools.cache
