@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/bench.md from bench/results/*.json and nano's eval.json, and the plots beside them.
+"""Writes the tables of README.md, docs/bench.md and docs/patch.md from bench/results/*.json and nano's eval.json, and the plots beside them.
 
     python -m bench.report [--check] [--from FOLDER]
 
@@ -22,7 +22,7 @@ from qwen2vl_fast.training import nano_card
 
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
 OURS = "qwen2vl_fast"
-DOCUMENTS = ("README.md", "docs/bench.md")
+DOCUMENTS = ("README.md", "docs/bench.md", "docs/patch.md")
 PASSES = ("rope", "mrope", "merge", "norms", "activations", "patchify")
 Result = dict[str, Any]
 
@@ -239,6 +239,30 @@ def nano() -> str:
     return "\n".join([*lines, f"{where}; after {trained} (the model card has the run)"])
 
 
+def patch(result: Result) -> list[str]:
+    head = ["case", "patches", "tokens", "transformers sdpa", "patched", "ratio"]
+    rows = [
+        [
+            row["case"] if " " in row["case"] else f"({row['case']})", str(row["patches"]), str(row["tokens"]),
+            *(time(row["seconds"][name]["median"]) for name in head[3:5]), f"{row['speedup']:.2f}x",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def host(result: Result) -> list[str]:
+    names = ("transformers", "patched", "Qwen2VL")
+    cells = lambda found: [str(found.get(name, "")) for name in names]  # noqa: E731
+    forwards = [row for row in result["rows"] if "forward" in row]
+    rows = [
+        [row["forward"], *cells(row["calls"]), *cells({n: round(v) for n, v in row["microseconds"].items()})] for row in forwards
+    ]
+    lines = table(["4 layers", *(f"{n}, calls" for n in names), *(f"{n}, us" for n in names)], rows)
+    ops = [[row["op"], str(row["calls"]), f"{row['microseconds']:.1f}"] for row in result["rows"] if "op" in row]
+    return [*lines, "", *table(["op", "calls", "us"], ops)]
+
+
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "tower": tower,
     "attention": attention,
@@ -246,6 +270,8 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "preprocess": preprocess,
     "stories": stories,
     "static_model": static_model,
+    "patch": patch,
+    "host": host,
 }
 
 
