@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/bench.md and docs/patch.md from bench/results/*.json and nano's eval.json, and the plots beside them.
+"""Writes the tables of README.md, docs/bench.md and docs/patch.md from bench/results/*.json and nano's eval.json, and plots.
 
     python -m bench.report [--check] [--from FOLDER]
 
@@ -255,9 +255,8 @@ def host(result: Result) -> list[str]:
     names = ("transformers", "patched", "Qwen2VL")
     cells = lambda found: [str(found.get(name, "")) for name in names]  # noqa: E731
     forwards = [row for row in result["rows"] if "forward" in row]
-    rows = [
-        [row["forward"], *cells(row["calls"]), *cells({n: round(v) for n, v in row["microseconds"].items()})] for row in forwards
-    ]
+    rounded = [{name: round(value) for name, value in row["microseconds"].items()} for row in forwards]
+    rows = [[row["forward"], *cells(row["calls"]), *cells(us)] for row, us in zip(forwards, rounded, strict=True)]
     lines = table(["4 layers", *(f"{n}, calls" for n in names), *(f"{n}, us" for n in names)], rows)
     ops = [[row["op"], str(row["calls"]), f"{row['microseconds']:.1f}"] for row in result["rows"] if "op" in row]
     return [*lines, "", *table(["op", "calls", "us"], ops)]

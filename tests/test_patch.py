@@ -362,6 +362,53 @@ def test_matrix_of_the_documentation():
     assert text == matrix.render(text)
 
 
+class Device(torch.Tensor):
+    """Stands for a tensor on a device: whatever is computed from one is one, and reading one on the host is counted."""
+
+    reads: list[str] = []
+    READS = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "equal", "allclose")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        caller = sys._getframe(1).f_code.co_filename
+        name = getattr(function, "__name__", "")
+        if name in cls.READS and "qwen2vl_fast" in caller:
+            cls.reads.append(name)
+        if name in ("__getitem__", "masked_select", "masked_scatter") and "qwen2vl_fast" in caller:
+            masks = [x for x in args[1:] for x in (x if isinstance(x, tuple) else (x,)) if isinstance(x, torch.Tensor)]
+            cls.reads += [name for mask in masks if mask.dtype == torch.bool]
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_is_read_on_the_host_but_the_grids(hf, monkeypatch, masked):
+    """On the CPU: tensors that stand for ones on a device, and the one copy that a forward makes of them."""
+    inputs = models.batch([[("text", 3), ("image", 4, 6), ("video", 2, 4, 4), ("text", 5)]])
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    real = vision.to_host
+
+    def to_host(*tensors):
+        return [x if x is None else x.as_subclass(torch.Tensor) for x in real(*tensors)]
+
+    monkeypatch.setattr(vision, "to_host", to_host)
+    monkeypatch.setattr(sys.modules["qwen2vl_fast.patch.model"], "to_host", to_host)
+    monkeypatch.setattr(positions, "_check_runs", lambda *_: None)  # looks at tensors on the host alone
+    there = {name: x.as_subclass(Device) if not name.endswith("grid_thw") else x for name, x in inputs.items()}
+    Device.reads.clear()
+    with torch.no_grad():
+        expected = forward(hf, inputs, use_cache=False).logits
+        with patched(hf) as report:
+            got = forward(hf, there, use_cache=False).logits
+    assert isinstance(got, Device) and report.parts["vision attention"].calls and report.parts["one tower pass"].calls == 1
+    check_parity(got.as_subclass(torch.Tensor), expected, "released")
+    assert not Device.reads
+    monkeypatch.undo()  # with the check of host tensors in its place, what it reads is counted
+    with torch.no_grad(), patched(hf):
+        forward(hf, there, use_cache=False)
+    assert Device.reads
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_device(dtype):

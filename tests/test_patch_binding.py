@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import subprocess
 import sys
@@ -196,19 +197,57 @@ assert "qwen2vl_fast" in AttentionInterface()
     ]  # fmt: skip
 
 
-def test_other_models_are_refused_by_name():
-    from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLModel
+OTHERS = {
+    "qwen2_5_vl": "Qwen2_5_VL",
+    **({} if OLD_TRANSFORMERS else {"qwen3_vl": "Qwen3VL"}),
+}
 
-    vision_config = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "intermediate_size": 8}
-    text = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1,
-            "intermediate_size": 8, "vocab_size": 32, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-            "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
-    other = Qwen2_5_VLModel(Qwen2_5_VLConfig(vision_config=vision_config, **text))
-    for wrong, name in ((other, "Qwen2_5_VLModel"), (nn.Linear(2, 2), "Linear"), ("model", "str")):
-        with pytest.raises(TypeError, match=f"hf_model: expected .* got {name}"):
-            qwen2vl_fast.patch(wrong)
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_refused_by_name(family):
+    """The whole model, its tower and its decoder."""
+    name = OTHERS[family]
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config = importlib.import_module(f"transformers.models.{family}").__dict__[f"{name}Config"]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "vocab_size": 32,
+             "intermediate_size": 8, "head_dim": 8, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+             "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    text = sizes if family == "qwen2_5_vl" else {"text_config": sizes}
+    vision_config = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "intermediate_size": 8,
+                     "deepstack_visual_indexes": []}  # fmt: skip
+    other = getattr(modeling, f"{name}Model")(config(vision_config=vision_config, **text))
+    for part in (other, other.visual, other.language_model):
+        before = snapshot(other)
+        with pytest.raises(TypeError, match=f"hf_model: expected .* got {type(part).__name__}"):
+            qwen2vl_fast.patch(part)
+        assert same(before, snapshot(other))
     with pytest.raises(ValueError, match="not patched"):
         qwen2vl_fast.unpatch(other)
+
+
+def test_what_is_no_model_is_refused():
+    for wrong, name in ((nn.Linear(2, 2), "Linear"), ("model", "str"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"hf_model: expected .* got {name}"):
+            qwen2vl_fast.patch(wrong)
+
+
+@NEW
+def test_colqwen2(shared):
+    """A family that holds Qwen2VLModel, and calls its tower itself."""
+    config = transformers.ColQwen2Config(vlm_config=shared.config.to_dict(), embedding_dim=16)
+    torch.manual_seed(0)
+    hf = transformers.ColQwen2ForRetrieval(config).double().eval()
+    inputs = models.batch([[("text", 3), ("image", 4, 6), ("text", 4)], [("image", 2, 4), ("text", 3)]])
+    counts = inputs["image_grid_thw"].prod(1).tolist()
+    inputs["pixel_values"] = nn.utils.rnn.pad_sequence(inputs["pixel_values"].split(counts), batch_first=True)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        expected = hf(**given).embeddings
+        with patched(hf) as report:
+            got = hf(**given).embeddings
+    real = real_tokens(inputs)
+    check_parity(got[real], expected[real], "released")
+    assert all(report.parts[name].calls for name in ("packing", "vision attention", "m-rope", "text norms", "swiglu")), report
 
 
 def test_bad_arguments(hf):

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -239,3 +239,8 @@ def activate(layer: nn.Module, x: torch.Tensor, function: Callable, backend: str
     if plain_linear(layer, x):
         return function(linear(x, layer.weight), layer.bias, backend=backend)
     return function(layer(x), backend=backend)
+
+
+def unknown_activation(activation: nn.Module, known: Container[type]) -> str:
+    """Why the library's code runs in the place of an activation function."""
+    return f"the activation is a {type(activation).__name__}{' with hooks' if type(activation) in known else ''}"

@@ -14,7 +14,7 @@ from torch import nn
 from ..ops.checks import INTEGERS
 from ..ops.gated import gated
 from ..ops.rope import mrope_as_given
-from .hooks import bare, hook_of, hooked, original, project
+from .hooks import bare, hook_of, hooked, original, project, unknown_activation
 from .norms import add_norm
 from .vision import frequencies
 
@@ -111,7 +111,7 @@ def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     known = type(self.act_fn) in hook.more["activations"] and bare(self.act_fn, type(self.act_fn))
     if not hook.part.enabled or not known:
         if hook.part.enabled:
-            hook.part.fell_back(f"the activation is a {type(self.act_fn).__name__}")
+            hook.part.fell_back(unknown_activation(self.act_fn, hook.more["activations"]))
         return original(self, x)
     hook.part.ran()
     y = gated(project(self.gate_proj, x), project(self.up_proj, x), backend=hook.options.backends["swiglu"])

@@ -17,7 +17,7 @@ from ..inputs import capped_packs, to_host
 from ..ops.linear import linear
 from ..positions import AttentionSchedule, attention_schedule, check_grid, check_grid_shape, vision_position_ids
 from ..reference import vision_rope_angles
-from .hooks import activate, bare, hook_of, hooked, original, project, readable
+from .hooks import activate, bare, hook_of, hooked, original, project, readable, unknown_activation
 from .norms import add_norm
 
 MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
@@ -212,7 +212,7 @@ def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     function = hook.more["functions"].get(type(self.act)) if bare(self.act, type(self.act)) else None
     if not hook.part.enabled or function is None:
         if hook.part.enabled:
-            hook.part.fell_back(f"the activation is a {type(self.act).__name__}")
+            hook.part.fell_back(unknown_activation(self.act, hook.more["functions"]))
         return original(self, x)
     hook.part.ran()
     return project(self.fc2, activate(self.fc1, x, function, hook.options.backends[function.__name__]))
@@ -225,7 +225,7 @@ def merger(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     known = len(layers) == 3 and bare(layers[1], nn.GELU) and layers[1].approximate == "none" and bare(self.mlp, nn.Sequential)
     if not hook.part.enabled or not known:
         if hook.part.enabled:
-            hook.part.fell_back("the merger's activation is not a plain GELU")
+            hook.part.fell_back("the merger's activation is not a plain GELU, or has hooks")
         return original(self, x)
     hook.part.ran()
     first, _, second = layers
