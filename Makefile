@@ -23,7 +23,7 @@ SYSTEM =
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt qwen2vl_fast/version.py \
                 $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
-NOT_IN_TEST := not gpu and not full and not peer_video
+NOT_IN_TEST := not gpu and not full and not peer_video and not deepspeed
 
 ifdef SYSTEM
 READY := build/system.stamp
@@ -42,8 +42,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest -m '$(NOT_IN_TEST)' --durations=15 $(PYTEST_ARGS)
 
-test-full: $(READY) .venv-oldest/ready.stamp .venv-video/ready.stamp
-	$(PY) -m pytest -m 'full and not gpu and not peer_video' $(PYTEST_ARGS)
+test-full: $(READY) .venv-oldest/ready.stamp .venv-video/ready.stamp .venv-deepspeed/ready.stamp
+	$(PY) -m pytest -m 'full and not gpu and not peer_video and not deepspeed' $(PYTEST_ARGS)
+	.venv-deepspeed/bin/python -m pytest -m deepspeed tests/test_patch_training.py $(PYTEST_ARGS)
 	.venv-video/bin/python -m pytest -m 'peer_video and not gpu' $(PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest -m '$(NOT_IN_TEST)' $(PYTEST_ARGS)
 
@@ -69,7 +70,7 @@ wheel: $(READY)
 	@big=$$(find dist -name '*.whl' -size +30M); [ -z "$$big" ] || { echo "over 30 MB: $$big"; exit 1; }
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-oldest .venv-video .pytest_cache .ruff_cache .hypothesis qwen2vl_fast/_C.*.so
+	rm -rf build dist *.egg-info .venv .venv-oldest .venv-video .venv-deepspeed .pytest_cache .ruff_cache .hypothesis qwen2vl_fast/_C.*.so
 	find qwen2vl_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and alone: pip then takes the CPU build that a machine may hold, and later requests find it satisfied.
@@ -91,6 +92,9 @@ endef
 
 .venv-oldest/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
 	$(call prepare,constraints/oldest.txt)
+
+.venv-deepspeed/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
+	$(call prepare,constraints/main.txt,deepspeed)
 
 .venv-video/ready.stamp: $(BUILD_INPUTS) $(wildcard constraints/*.txt)
 	$(call prepare,constraints/video.txt,torchvision)

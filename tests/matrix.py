@@ -19,6 +19,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "left and right padding, text-only rows, images and videos mixed": ("test_patch.test_real_head_dims",),
     "tower, decoder or headless model alone": ("test_patch.test_parts_of_a_model_alone",),
     "models that hold one of the classes": ("test_patch_binding.test_wrapped_models_are_found",),
+    "ColQwen2": ("test_patch_binding.test_colqwen2",),
     "generate: greedy, sampling, beams, several returned, no cache": ("test_patch_generate.test_ways_to_generate",),
     "generate: static cache": ("test_patch_generate.test_static_cache",),
     "generate: assisted, from embeddings, several turns": (
@@ -37,14 +38,24 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "frozen tower": ("test_patch_training.test_frozen_tower",),
     "transformers' Trainer": ("test_patch_training.test_trainer",),
     "num_items_in_batch, shift_labels": ("test_patch_training.test_arguments_of_the_loss",),
-    "DDP, FSDP2, ZeRO-1 with a rank without media (2 gloo processes)": ("test_patch_training.test_rank_without_media",),
+    "DDP, FSDP2, torch's ZeRO-1, accelerate; a rank without media (2 gloo processes)": (
+        "test_patch_training.test_rank_without_media",
+    ),
+    "DeepSpeed, ZeRO-1 to 3 (2 gloo processes; `make test-full`)": ("test_patch_training.test_deepspeed",),
     "sharded (ZeRO-3) and quantized weights are not read": (
         "test_patch_training.test_sharded_and_quantized_weights_are_not_read",
     ),
     "device_map: weights elsewhere (accelerate)": ("test_patch_training.test_model_with_its_weights_elsewhere",),
     "torch.compile": ("test_patch.test_compile", "test_patch.test_compile_whole_model"),
     "save_pretrained and reload": ("test_patch_binding.test_save_and_reload",),
-    "deepcopy": ("test_patch_binding.test_a_copy_of_a_patched_model",),
+    "deepcopy; pickle (comes back unpatched)": (
+        "test_patch_abuse.test_a_copy_is_unpatched_and_patched_again",
+        "test_patch_abuse.test_a_pickled_model_comes_back_unpatched",
+    ),
+    "casts, another attn_implementation, a new layer, resized embeddings after patch": (
+        "test_patch_abuse.test_cast_after_patch", "test_patch_abuse.test_a_layer_put_in_after_patch",
+        "test_patch_abuse.test_new_embeddings_after_patch",
+    ),
     "modules that somebody swapped": ("test_patch_binding.test_swapped_modules_are_respected",),
     "forward hooks of any layer": ("test_patch_binding.test_forward_hooks_of_layers_run",),
 }  # fmt: skip

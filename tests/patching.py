@@ -248,7 +248,7 @@ def run_ranks(kind: str, folder: Path) -> list[dict]:
     commands = [[sys.executable, "-m", "tests.ranks", kind, str(rank), "2", str(port), str(folder)] for rank in range(2)]
     processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

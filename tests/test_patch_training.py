@@ -283,7 +283,25 @@ def one_process() -> dict[str, torch.Tensor]:
     return {"losses": torch.stack(losses), **{name: p.detach() for name, p in hf.named_parameters()}}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "late fsdp2", "zero1"])
+@pytest.fixture(scope="module")
+def plain_deepspeed(tmp_path_factory) -> list[dict]:
+    return run_ranks("plain deepspeed 0", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed(stage, tmp_path, plain_deepspeed, one_process):
+    """ZeRO-1, 2, 3 and none, float32, a rank without media. With ZeRO-3 what reads no weights is fused."""
+    found = run_ranks(f"deepspeed {stage}", tmp_path)
+    for rank, result in enumerate(found):
+        losses, expected = (torch.stack(one["losses"]).double() for one in (result, plain_deepspeed[rank]))
+        assert losses.allclose(expected, rtol=1e-4), (losses, expected)
+        assert losses[0].allclose(one_process["losses"][0, rank].double(), rtol=1e-4)
+        assert result["calls"]["vision attention"] and result["calls"]["m-rope"], result["report"]
+        assert bool(result["calls"]["swiglu"]) == (stage < 3), result["report"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "late fsdp2", "zero1", "accelerate"])
 def test_rank_without_media(kind, tmp_path, one_process):
     """Rank 0 has images, rank 1 text alone: no hang, the parameters of one process, and every part runs on both."""
     found = run_ranks(kind, tmp_path)
