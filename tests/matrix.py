@@ -41,7 +41,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "DDP, FSDP2, torch's ZeRO-1, accelerate; a rank without media (2 gloo processes)": (
         "test_patch_training.test_rank_without_media",
     ),
-    "DeepSpeed, ZeRO-1 to 3 (2 gloo processes; `make test-full`)": ("test_patch_training.test_deepspeed",),
     "sharded (ZeRO-3) and quantized weights are not read": (
         "test_patch_training.test_sharded_and_quantized_weights_are_not_read",
     ),
