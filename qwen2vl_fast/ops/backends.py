@@ -49,6 +49,8 @@ def define(
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qwen2vl_fast::{name}", fake, lib=_library)
+    if backward is None and name.endswith("_backward"):
+        setup_context, backward = (lambda ctx, inputs, output: None), _no_second_derivative(name)
     if backward is not None:
         torch.library.register_autograd(f"qwen2vl_fast::{name}", backward, setup_context=setup_context, lib=_library)
     registered = getattr(torch.ops.qwen2vl_fast, name).default
@@ -85,6 +87,15 @@ def _refuse_tangents(name: str, tensors: list[torch.Tensor | None]) -> None:
 # Who has to see a call of an op: modes (fake tensors, tracing, checkpoints), transforms, a profiler.
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _profiler = torch._C._autograd._profiler_enabled
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    """The backward of an op that is itself a gradient. Without one, torch takes a second derivative to be zero."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{name} has no derivative; the functions of qwen2vl_fast.reference have second ones")
+
+    return backward
 
 
 def _function(name: str, implementation: Callable, setup_context: Callable, backward: Callable) -> Callable[..., Any]:

@@ -306,6 +306,15 @@ def test_compiles_without_breaks(name):
     assert all(map(same_bits, *results))
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "merge from raster order", "gelu", "swiglu", "gated"])
+def test_second_derivatives_are_refused(name):
+    """Not zero, which is what torch makes of an op without a derivative. The rotations have theirs."""
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (grad,) = torch.autograd.grad(OPS[name](x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
     """Every operator that the call and its gradient reach passes torch.library.opcheck."""
