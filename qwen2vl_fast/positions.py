@@ -164,8 +164,8 @@ class AttentionSchedule:
 
     cu_seqlens: [N + 1] int32 on the device. lengths: the N segment lengths, on the host. max_seqlen: their maximum.
     total: their sum T. Lists of work of the extension for these heads, this head dim and this mask, [M, 8] int32 on a CUDA
-    device, None elsewhere: tiles, of the forward, in blocks of block_m query rows; key_tiles and query_tiles, of the backward,
-    None where none was asked for.
+    device, None elsewhere: tiles, of the forward, in blocks of block_m query rows; key_tiles, in blocks of key_rows keys, and
+    query_tiles, of the backward, None where none was asked for.
     """
 
     cu_seqlens: torch.Tensor
@@ -178,11 +178,14 @@ class AttentionSchedule:
     causal: bool
     block_m: int
     tiles: torch.Tensor | None
+    key_rows: int = 0
     key_tiles: torch.Tensor | None = None
     query_tiles: torch.Tensor | None = None
 
 
-BACKWARD_KEYS = 64  # rows of the backward's blocks of keys
+def backward_keys(head_dim: int, deterministic: bool) -> int:
+    """Rows of the backward's blocks of keys. Without a share of dq to compute, registers hold 128 rows up to head dim 80."""
+    return 128 if deterministic and head_dim <= 80 else 64
 
 
 def backward_queries(head_dim: int) -> int:
@@ -212,7 +215,7 @@ def attention_schedule(
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
     lengths, device = tuple(cu_seqlens.diff().tolist()), torch.device(device)
-    block_m, lists = 0, {"tiles": None}
+    block_m, key_rows, lists = 0, 0, {"tiles": None}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         block_m = block_rows(lengths, heads, head_dim, capability, causal)
@@ -221,7 +224,8 @@ def attention_schedule(
             workers = torch.cuda.get_device_properties(device).multi_processor_count
             lists["tiles"] = dealt_tiles(lists["tiles"], workers)
         if torch.is_grad_enabled() if backward is None else backward:
-            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, BACKWARD_KEYS, causal)
+            key_rows = backward_keys(head_dim, torch.are_deterministic_algorithms_enabled())
+            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, key_rows, causal)
             lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_queries(head_dim), causal)
         lists = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items()}
     return AttentionSchedule(
@@ -234,6 +238,7 @@ def attention_schedule(
         head_dim=head_dim,
         causal=causal,
         block_m=block_m,
+        key_rows=key_rows,
         **lists,
     )
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..positions import BACKWARD_KEYS, AttentionSchedule, backward_queries, block_rows
+from ..positions import AttentionSchedule, backward_keys, backward_queries, block_rows
 from .backends import define
 
 HEAD_DIMS = (64, 80, 128)
@@ -26,17 +26,18 @@ def attention(q, k, v, bounds, bounds_k, schedule, scale, causal, deterministic)
     """(o, lse) of checked arguments; differentiable. schedule: None, or that of these very boundaries."""
     if not scale > 0:  # the running maximum is that of the scaled scores only if the scale is positive
         q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
-    lists = lists_of(schedule, q, k, causal)
+    lists = lists_of(schedule, q, k, causal, deterministic)
     return _attention(q, k, v, bounds, bounds_k, *lists, scale, causal, deterministic)
 
 
-def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool):
+def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool, deterministic: bool):
     """(tiles, their rows, key_tiles, query_tiles) of the schedule as far as they are those of such a call, else None."""
     if schedule is None or (schedule.heads, schedule.head_dim, schedule.causal) != (*q.shape[1:], causal):
         return None, 0, None, None
     if schedule.tiles is None or schedule.tiles.device != q.device:  # a kernel can't read another device's memory
         return None, 0, None, None
-    key_tiles = schedule.key_tiles if schedule.heads_k == k.shape[1] else None
+    own = (schedule.heads_k, schedule.key_rows) == (k.shape[1], backward_keys(q.shape[2], deterministic))
+    key_tiles = schedule.key_tiles if own else None
     return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles
 
 
@@ -105,15 +106,16 @@ def backward(grads, grad, q, k, v, o, lse, bounds, bounds_k, key_tiles, query_ti
     grad, q, k, v, o = map(_readable, (grad, q, k, v, o))
     workspace = lse.new_empty((2, *lse.shape))
     dq_sum = None if deterministic else lse.new_empty(q.shape)
-    lengths, rows = (bounds, bounds_k, q.shape[0], k.shape[0]), backward_queries(q.shape[2])
+    lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
+    rows, key_rows = backward_queries(q.shape[2]), backward_keys(q.shape[2], deterministic)
     if query_tiles is None:
         query_tiles = _tiles(*lengths, q.shape[1], rows, causal, False)
     if key_tiles is None:
-        key_tiles = _tiles(*lengths, k.shape[1], BACKWARD_KEYS, causal, True)
+        key_tiles = _tiles(*lengths, k.shape[1], key_rows, causal, True)
     _C.varlen_attention_backward(
         _problem(q, k, v, o, lse, query_tiles, scale, causal), key_tiles.data_ptr(), key_tiles.shape[0],
         *(x.data_ptr() for x in (grad, *grads)), workspace[0].data_ptr(), workspace[1].data_ptr(),
-        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, BACKWARD_KEYS, *_place(q),
+        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, key_rows, *_place(q),
     )  # fmt: skip
 
 

@@ -34,12 +34,12 @@ def vision_attention(qkv, position_ids, inv_freq, schedule):
     if backend == "flash" or backend == "torch" and attention.has_varlen(q):
         q, k = vision_rope(q, k, position_ids, inv_freq=inv_freq)
         return varlen_attention(q, k, v, bounds, schedule=schedule)
-    lists = attention_cuda.lists_of(schedule, q, k, False)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    lists = attention_cuda.lists_of(schedule, q, k, False, deterministic)
     rotation = choose("vision_rope", None, qkv.device)
     return _vision_attention(
-        qkv, position_ids, inv_freq, bounds, *lists, q.shape[-1] ** -0.5, torch.are_deterministic_algorithms_enabled(),
-        rotation, backend,
-    )[0]  # fmt: skip
+        qkv, position_ids, inv_freq, bounds, *lists, q.shape[-1] ** -0.5, deterministic, rotation, backend
+    )[0]
 
 
 def _impl(
