@@ -2,7 +2,7 @@
 # Everything that a CUDA device can settle, from a bare checkout with the Python that is there (torch, triton, pytest,
 # hypothesis, setuptools, cmake, ninja, pybind11) and nvcc:
 #
-#   bench/gpu.sh [build | test | sanitize | micro | bench [SUBJECT...] | all [STEP...]]      (default: all)
+#   bench/gpu.sh [build | test | sanitize | micro | variants | profile | bench [SUBJECT...] | all [STEP...]]      (default: all)
 #
 # PYTHON=python3              the Python to use
 # OUT=bench/results           where JSON and logs go
@@ -28,6 +28,10 @@ BUDGET=${BUDGET:-}
 need_device() {
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "$1 needs a CUDA device and a torch that was built for it"; "$PYTHON" -m qwen2vl_fast.doctor; return 1; }
+}
+
+need_nvcc() {
+  command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || { echo "$1 needs nvcc"; return 1; }
 }
 
 build() {
@@ -71,7 +75,7 @@ run_tests() {
 }
 
 pytest_on() { # FILE of test names, TENTHS of the part's time
-  timeout -k 10 $((LIMIT * $2 / 10)) xargs -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
+  timeout -k 10 $((LIMIT * $2 / 10)) xargs -r -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
 }
 
 sanitize() {
@@ -90,8 +94,23 @@ sanitize() {
 }
 
 micro() {
-  need_device "gpu.sh micro" || return 1
+  need_device "gpu.sh micro" && need_nvcc "gpu.sh micro" || return 1
   timeout -k 10 $LIMIT "$PYTHON" -m bench.micro --output "$OUT/micro_cuda.json"
+}
+
+# All forms of the Hopper forward; `python -m bench.variants --choose` then makes the best one the extension's.
+variants() {
+  need_device "gpu.sh variants" && need_nvcc "gpu.sh variants" || return 1
+  timeout -k 10 $LIMIT "$PYTHON" -m bench.variants --save "$OUT"
+}
+
+# What the units of a multiprocessor do during one launch of the attention forward.
+profile() {
+  need_device "gpu.sh profile" || return 1
+  command -v ncu >/dev/null || { echo "gpu.sh profile needs ncu, Nsight Compute of the CUDA toolkit"; return 1; }
+  timeout -k 10 $LIMIT ncu --kernel-name-base demangled --kernel-name regex:Forward --launch-skip 2 --launch-count 1 \
+    --section SpeedOfLight --section ComputeWorkloadAnalysis --section SchedulerStats --section WarpStateStats --section LaunchStats \
+    "$PYTHON" -m bench.profile
 }
 
 subject() {
@@ -128,6 +147,7 @@ STEPS=(
   "attention 240 subject attention"
   "tower 240 subject tower"
   "merge 60 subject merge"
+  "profile 60 profile"
   "activations 120 subject activations"
   "generate 180 subject generate"
   "attention_backward 240 subject attention --backward"
@@ -137,6 +157,7 @@ STEPS=(
   "norms 120 subject norms"
   "patchify 60 subject patchify"
   "stories 240 subject stories"
+  "variants 300 variants"
   "sanitize 590 sanitize"
   "micro 400 micro"
   "generate_7B 240 subject generate --size 7B"
@@ -193,6 +214,8 @@ case ${1:-all} in
   test) part test run_tests ;;
   sanitize) part sanitize sanitize ;;
   micro) part micro micro ;;
+  variants) part variants variants ;;
+  profile) part profile profile ;;
   bench) part "bench${2:+_$2}" bench "${@:2}" ;;
   all)
     for name in "${@:2}"; do
