@@ -1,6 +1,6 @@
 """bias + QuickGELU and bias + GELU of 5120 (tower, merger), SwiGLU of 8960 and 18944 (2B and 7B decoder).
 
-python -m bench.activations [--repeats 30] [--save]
+qwen2vl-fast bench activations [--peers NAME ...] [--repeats 30] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from bench.passes import Case, compiled, compiled_with_gradients, main, peer, random, tokens, with_gradients
+from bench.passes import COMPILED, Case, compiled, compiled_with_gradients, main, peer, random, tokens, with_gradients
 from qwen2vl_fast import ops, reference
 from qwen2vl_fast.ops.gated import gated
 
+PEERS = ("torch", COMPILED, "Liger")
 FEATURES, WIDTHS = 5120, {"2B": 8960, "7B": 18944}
 
 

@@ -18,7 +18,7 @@ import torch
 
 from bench import peers
 from bench.peers import OURS, PEERS, REPEATABLE, Missing, Problem
-from bench.timing import ceilings, keep, measure, parser, publish, say
+from bench.timing import ceilings, chosen, keep, measure, parser, publish, say
 
 CASES: dict[str, tuple[int, ...]] = {
     "a": (1024,),
@@ -121,16 +121,13 @@ def geometric_mean(rows: list[dict[str, Any]], peer: str) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser("attention", __doc__)
+    arguments = parser("attention", __doc__, peers=tuple(PEERS))
     arguments.add_argument("--cases", nargs="*", choices=tuple(CASES), help="default: all, on the CPU a, b and c")
-    arguments.add_argument("--peers", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)} (default: all)")
     arguments.add_argument("--backward", action="store_true", help="time the backward pass")
     options = arguments.parse_args(argv)
     cuda = torch.cuda.is_available()
     cases = options.cases or (tuple(CASES) if cuda else ON_CPU)
-    wanted = [OURS, *([REPEATABLE] if options.backward else []), *(PEERS if options.peers is None else options.peers)]
-    if unknown := set(wanted) - {OURS, REPEATABLE, *PEERS}:
-        arguments.error(f"--peers: expected {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
+    wanted = [OURS, *([REPEATABLE] if options.backward else []), *chosen(options, PEERS)]
     name = f"attention_{'backward_' if options.backward else ''}{'cuda' if cuda else 'cpu'}"
     options.device = "cuda" if cuda else "cpu"
     if not cuda:

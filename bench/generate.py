@@ -1,6 +1,7 @@
 """Prefill and decode at the released widths with random weights, against transformers: same weights, same process.
 
-qwen2vl-fast bench generate [--size 2B] [--layers N] [--batch 1 8] [--context 1024] [--tokens 64] [--compiled] [--json] [--save]
+qwen2vl-fast bench generate [--size 2B] [--layers N] [--batch 1 8] [--context 1024] [--tokens 64]
+                             [--peers NAME ...] [--json] [--save]
 
 The limit of decoding is the time in which the device copies as many bytes as a token must read: the decoder's weights once,
 and every sequence's keys and values.
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from bench.timing import ceilings, keep, measure, parser, publish, say
+from bench.timing import ceilings, chosen, keep, measure, parser, publish, say, taking_part
 from qwen2vl_fast import Qwen2VL
 
 # hidden, layers, heads, key-value heads, MLP, tied head
 SIZES = {"2B": (1536, 28, 12, 2, 8960, True), "7B": (3584, 28, 28, 4, 18944, False)}
 VOCAB = {"2B": 151936, "7B": 152064}
 THEIRS, OURS, COMPILED = "transformers sdpa", "qwen2vl_fast", "transformers sdpa, static cache, compiled"
+PEERS = (THEIRS,)  # the compiled one takes minutes, so only on request
 
 
 def models(size: str, layers: int | None, dtype: torch.dtype, device: str) -> tuple[Any, Qwen2VL]:
@@ -88,8 +90,9 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, bandwidth
             return ours.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[], repetition_penalty=1.0)
 
         runs = {THEIRS: generate, OURS: ours_generate}
-        if options.compiled:
+        if COMPILED in chosen(options, PEERS):
             runs[COMPILED] = lambda tokens, run=generate: run(tokens, cache_implementation="static")
+        runs = taking_part(options, runs, PEERS)
         first = {name: lambda run=run: run(1) for name, run in runs.items()}
         rest = {name: lambda run=run: run(1 + options.tokens) for name, run in runs.items()}
         prefill = measure(first, repeats=options.repeats, device=device, graph=False)
@@ -134,7 +137,7 @@ def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    arguments = parser("generate", __doc__, repeats=3 if cuda else 2)
+    arguments = parser("generate", __doc__, repeats=3 if cuda else 2, peers=PEERS, on_request=(COMPILED,))
     arguments.add_argument("--size", choices=tuple(SIZES), default="2B")
     arguments.add_argument(
         "--layers", type=int, default=None if cuda else 4, help="of the decoder (default: all, on the CPU 4)"
@@ -143,7 +146,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--context", type=int, default=1024 if cuda else 128, help="tokens of the prompt")
     arguments.add_argument("--tokens", type=int, default=64 if cuda else 16, help="tokens to decode")
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    arguments.add_argument("--compiled", action="store_true", help="also transformers with a static cache under torch.compile")
     options = arguments.parse_args(argv)
     device = "cuda" if cuda else "cpu"
     ceiling = ceilings()

@@ -1,6 +1,6 @@
 """What a call costs on the host before a kernel starts: Python, checks, torch's dispatch, allocation. Needs no GPU.
 
-    python -m bench.host [--repeats 30] [--save]
+    qwen2vl-fast bench host [--peers NAME ...] [--repeats 30] [--json] [--save]
 
 Everything takes the path that it takes on a Hopper device, with tiny tensors on the CPU and every start of a kernel of ours
 replaced by nothing. Library calls (matrix products, and all that transformers does) run on the CPU, at sizes where they are
@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 
 import qwen2vl_fast
-from bench.timing import parser, publish, say
+from bench.timing import parser, publish, say, taking_part
 from qwen2vl_fast import ops, positions
 
 DEPTH, WIDTH, HEADS, DIM = 4, 64, 4, 16  # of both towers; a layer's cost is a part of what a forward takes
@@ -32,6 +32,7 @@ SECTIONS = [2, 3, 3]
 GRID = torch.tensor([[1, 4, 4]])
 IMAGE, TEXT = 200, 8
 CUDA = torch.device("cuda")
+PEERS = ("transformers",)
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -189,8 +190,12 @@ def model_calls() -> dict[str, tuple[int, dict[str, Callable[[], Any]]]]:
     }  # fmt: skip
 
 
+def _against(found: dict[str, float]) -> str:
+    return f"   {found['transformers'] / found['patched']:.2f}x" if "transformers" in found else ""
+
+
 def main(argv: list[str] | None = None) -> None:
-    options = parser("host", __doc__, repeats=30).parse_args(argv)
+    options = parser("host", __doc__, repeats=30, peers=PEERS).parse_args(argv)
     rows = []
     with no_kernels():
         with torch.no_grad():
@@ -198,13 +203,14 @@ def main(argv: list[str] | None = None) -> None:
                 found = microseconds({name: run}, options.repeats, 50)[name]
                 rows.append({"op": name, "microseconds": found, "calls": steps(run)})
                 say(options, f"{name:<20}{found:7.1f} us {rows[-1]['calls']:5d} calls")
-        for what, (layers, contenders) in model_calls().items():
+        for what, (layers, calls) in model_calls().items():
+            contenders = taking_part(options, calls, PEERS)
             with torch.set_grad_enabled("training" in what):
                 found = microseconds(contenders, options.repeats, 5)
                 counts = {name: steps(run) for name, run in contenders.items()}
             rows.append({"forward": what, "layers": layers, "microseconds": found, "calls": counts})
             times = "   ".join(f"{name} {value:6.0f} us {counts[name]:5d} calls" for name, value in found.items())
-            say(options, f"{what:<18} {times}   {found['transformers'] / found['patched']:.2f}x")
+            say(options, f"{what:<18} {times}" + _against(found))
     publish("host", options, rows)
 
 

@@ -1,6 +1,6 @@
 """float32 matrix products of the tower on the CPU: torch's default against the one that ops.linear takes.
 
-qwen2vl-fast bench linear [--repeats 5] [--json] [--save]
+qwen2vl-fast bench linear [--peers NAME ...] [--repeats 5] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -8,28 +8,26 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.timing import measure, parser, publish, say
+from bench.timing import measure, parser, publish, say, taking_part
 from qwen2vl_fast.ops.linear import linear
 
 TOKENS = 2048
+PEERS = ("torch.nn.functional.linear",)
 PRODUCTS = {"qkv": (1280, 3840), "proj": (1280, 1280), "fc1": (1280, 5120), "fc2": (5120, 1280)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parser("linear", __doc__, repeats=5).parse_args(argv)
+    options = parser("linear", __doc__, repeats=5, peers=PEERS).parse_args(argv)
     rows = []
     torch.manual_seed(0)
     with torch.inference_mode():
         for name, (inputs, outputs) in PRODUCTS.items():
             x, weight, bias = torch.randn(TOKENS, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-            seconds = measure(
-                {
-                    "torch.nn.functional.linear": lambda: F.linear(x, weight, bias),  # noqa: B023 -- called in this round
-                    "qwen2vl_fast": lambda: linear(x, weight, bias),  # noqa: B023
-                },
-                repeats=options.repeats,
-                device="cpu",
-            )
+            contenders = {
+                "torch.nn.functional.linear": lambda: F.linear(x, weight, bias),  # noqa: B023 -- called in this round
+                "qwen2vl_fast": lambda: linear(x, weight, bias),  # noqa: B023
+            }
+            seconds = measure(taking_part(options, contenders, PEERS), repeats=options.repeats, device="cpu")
             operations = 2 * TOKENS * inputs * outputs
             gflops = {contender: operations / value["median"] / 1e9 for contender, value in seconds.items()}
             rows.append({"product": name, "shape": [TOKENS, inputs, outputs], "seconds": seconds, "gflops": gflops})

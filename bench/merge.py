@@ -1,6 +1,6 @@
 """LayerNorm of 1280 and the 2x2 merge behind it, from merge order and from raster order.
 
-    python -m bench.merge [--repeats 30] [--save]
+    qwen2vl-fast bench merge [--peers NAME ...] [--repeats 30] [--json] [--save]
 
 From merge order eager PyTorch's LayerNorm is one pass already, and its view costs nothing.
 """
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, main, random, tokens, with_gradients
+from bench.passes import COMPILED, Case, compiled, compiled_with_gradients, device, main, random, tokens, with_gradients
 from qwen2vl_fast import ops, reference
 
+PEERS = ("torch", COMPILED)
 WIDTH, EPS, SIDE = 1280, 1e-6, 32
 
 

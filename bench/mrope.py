@@ -1,6 +1,6 @@
 """M-RoPE of the 2B and the 7B model: transformers' rotation by tables, compiled too, and Liger's op, against ours.
 
-    python -m bench.mrope [--repeats 30] [--save]
+    qwen2vl-fast bench mrope [--peers NAME ...] [--repeats 30] [--json] [--save]
 
 transformers and Liger are given their cos and sin tables, which a model makes once a forward; ours computes angles.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as theirs
 
 from bench.passes import (
+    COMPILED,
     Case,
     compiled,
     compiled_with_gradients,
@@ -30,6 +31,7 @@ from bench.passes import (
 )
 from qwen2vl_fast import ops, reference
 
+PEERS = ("transformers", COMPILED, "Liger")
 MODELS = {"2B": (12, 2), "7B": (28, 4)}
 DIM, THETA, SECTIONS = 128, 1e6, (16, 24, 24)
 

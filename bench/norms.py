@@ -1,6 +1,6 @@
 """Residual addition and norm at the widths of the tower (LayerNorm 1280) and of the 2B and 7B decoder (RMSNorm 1536, 3584).
 
-python -m bench.norms [--repeats 30] [--save]
+qwen2vl-fast bench norms [--peers NAME ...] [--repeats 30] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -14,9 +14,22 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, peer, random, tokens, with_gradients
+from bench.passes import (
+    COMPILED,
+    Case,
+    compiled,
+    compiled_with_gradients,
+    device,
+    dtype,
+    main,
+    peer,
+    random,
+    tokens,
+    with_gradients,
+)
 from qwen2vl_fast import ops, reference
 
+PEERS = ("torch", "transformers", COMPILED, "Liger")
 EPS = 1e-6
 NORMS = (("layer_norm", 1280), ("rms_norm", 1536), ("rms_norm", 3584))
 

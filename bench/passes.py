@@ -1,6 +1,6 @@
 """Ops that move memory and compute little: what every subject of theirs shares. Correctness first, then times, then one table.
 
-    python -m bench.passes [SUBJECT ...] [--repeats 30] [--save]
+    python -m bench.passes [SUBJECT ...] [--peers NAME ...] [--repeats 30] [--save]
 
 Each subject (rope, mrope, merge, norms, activations, patchify) is also a module of its own. A time stands beside the bytes that
 must move (every input read once, every output written once) as a share of the same run's copy bandwidth: warm, where what
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers import Missing, load
-from bench.timing import ceilings, keep, measure, parser, publish, say
+from bench.peers import OURS, Missing, load
+from bench.timing import ceilings, chosen, keep, measure, parser, publish, say
 
 SUBJECTS = ("rope", "mrope", "merge", "norms", "activations", "patchify")
+COMPILED = "torch.compile"
 TOKENS = (1024, 4096, 32768)
 COLD_TOKENS = 4096  # up to here L2 holds the tensors from one call to the next, so that cold times are taken too
 HOST_CALLS = 200  # fewer than the launches that a stream queues
@@ -96,11 +97,11 @@ def with_gradients(function: Callable[..., Any], leaves: Sequence[Tensor], upstr
 
 
 def compiled(function: Callable[..., Any], *arguments: Tensor) -> dict[str, Callable[[], Any]]:
-    """{"torch.compile": a call}, compiled once for every number of rows; {} on the CPU, where nothing of it is asked."""
+    """{COMPILED: a call}, compiled once for every number of rows; {} on the CPU, where nothing of it is asked."""
     if device() == "cpu":
         return {}
     made = torch.compile(function)
-    return {"torch.compile": lambda: made(*map(_any_rows, arguments))}
+    return {COMPILED: lambda: made(*map(_any_rows, arguments))}
 
 
 def compiled_with_gradients(
@@ -109,7 +110,7 @@ def compiled_with_gradients(
     if device() == "cpu":
         return {}
     made = torch.compile(function)
-    return {"torch.compile": with_gradients(lambda *inputs: made(*map(_any_rows, inputs)), leaves, upstream)}
+    return {COMPILED: with_gradients(lambda *inputs: made(*map(_any_rows, inputs)), leaves, upstream)}
 
 
 def _any_rows(x: Tensor) -> Tensor:
@@ -158,25 +159,38 @@ def host_seconds(run: Callable[[], Any], on: str) -> float:
     return elapsed
 
 
-def measure_case(case: Case, repeats: int, copy: float) -> dict[str, Any]:
+def taking_part(case: Case, wanted: Sequence[str]) -> tuple[dict[str, Callable[[], Sequence[Tensor]]], dict[str, str]]:
+    """The contenders that are ours or wanted, and why a wanted peer is none. A peer may have a second contender, in place."""
+    peer_of = {name: name.removesuffix(" in place") for name in case.contenders}
+    runs = {name: run for name, run in case.contenders.items() if name.startswith(OURS) or peer_of[name] in wanted}
+    missing = {}
+    for name in wanted:
+        if name not in peer_of.values():
+            asked = "not compiled on a CPU" if name == COMPILED and device() == "cpu" else "not in this case"
+            missing[name] = case.missing.get(name, asked)
+    return runs, missing
+
+
+def measure_case(case: Case, wanted: Sequence[str], repeats: int, copy: float) -> dict[str, Any]:
     on, errors = device(), {}
-    for name, run in case.contenders.items():  # the first call of each: those that work in place find what they started with
+    runs, missing = taking_part(case, wanted)
+    for name, run in runs.items():  # the first call of each: those that work in place find what they started with
         errors[name] = relative_error(case, _tuple(run()))
         if errors[name] > ALLOWED[dtype()]:
             raise RuntimeError(f"{case.name}, {case.tokens} tokens, {name}: relative error {errors[name]:.1e}")
-    seconds = measure(case.contenders, repeats=repeats, device=on)
+    seconds = measure(runs, repeats=repeats, device=on)
     cold = {}
     if on != "cpu" and case.tokens <= COLD_TOKENS:
-        cold = measure(case.contenders, repeats=repeats, device=on, cold=True)
+        cold = measure(runs, repeats=repeats, device=on, cold=True)
     rows = {}
-    for name, run in case.contenders.items():
+    for name, run in runs.items():
         row = {"seconds": seconds[name], "share_of_copy": case.bytes / seconds[name]["median"] / copy, "error": errors[name]}
         if cold:
             row |= {"cold_seconds": cold[name], "cold_share_of_copy": case.bytes / cold[name]["median"] / copy}
         if on != "cpu" and case.tokens == TOKENS[0]:
             row["host_seconds"] = host_seconds(run, on)
         rows[name] = row
-    rows |= {name: {"missing": reason} for name, reason in case.missing.items()}
+    rows |= {name: {"missing": reason} for name, reason in missing.items()}
     return {"op": case.name, "tokens": case.tokens, "bytes": case.bytes, "contenders": rows}
 
 
@@ -197,13 +211,18 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         yield text
 
 
+def peers_of(subject: str) -> tuple[str, ...]:
+    return importlib.import_module(f"bench.{subject}").PEERS
+
+
 def run_subject(subject: str, options: argparse.Namespace, ceiling: dict[str, Any]) -> None:
     rows, group = [], None
+    wanted = [name for name in chosen(options, peers_of(subject)) if name in peers_of(subject)]
     for case in importlib.import_module(f"bench.{subject}").cases():
         if case.group != group:
             group = case.group
             torch._dynamo.reset()
-        rows.append(measure_case(case, options.repeats, ceiling["copy_bytes_per_s"]))
+        rows.append(measure_case(case, wanted, options.repeats, ceiling["copy_bytes_per_s"]))
         for line in lines(rows[-1]):
             say(options, line)
         keep(f"{subject}_{device()}", options, rows, ceilings=ceiling)
@@ -212,7 +231,8 @@ def run_subject(subject: str, options: argparse.Namespace, ceiling: dict[str, An
 
 def main(subjects: Sequence[str], description: str, argv: Sequence[str] | None = None) -> None:
     """The command line of one subject, or of several in one process."""
-    arguments = parser(subjects[0] if len(subjects) == 1 else "passes", description)
+    peers = dict.fromkeys(name for subject in subjects for name in peers_of(subject))
+    arguments = parser(subjects[0] if len(subjects) == 1 else "passes", description, peers=tuple(peers))
     if len(subjects) > 1:
         arguments.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(subjects)} (default: all)")
     options = arguments.parse_args(argv)

@@ -1,6 +1,6 @@
 """A transformers Qwen2-VL model with random weights, as it is and patched: whole forward, part by part, training step, memory.
 
-    python -m bench.patch [--cases a f] [--repeats 5] [--parts] [--train] [--save]
+    qwen2vl-fast bench patch [--cases a f] [--peers NAME ...] [--repeats 5] [--parts] [--train] [--json] [--save]
 
 On a CUDA device the 2B model in bfloat16 on the cases of KERNELS.md; on a CPU its widths at depth 4 in float32, every side of
 an image quartered. Errors are against the unpatched model in the next wider dtype.
@@ -8,10 +8,9 @@ an image quartered. Errors are against the unpatched model in the next wider dty
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import qwen2vl_fast
-from bench.timing import ceilings, keep, measure, parser, publish, say
+from bench.timing import ceilings, keep, measure, parser, publish, say, speedup, taking_part, times
 
 CASES = {
     "a": [(32, 32)],
@@ -34,7 +33,8 @@ TOWER: dict[str, int] = {}  # what of the tower is not as released
 TEXT = 64  # tokens of text around the images
 IMAGE, VIDEO = 3001, 3002
 TRAIN = [(36, 36)] * 4, 2048  # images and text tokens of the training step
-CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # other work lengthens the first much less
+THEIRS = "transformers sdpa"
+PEERS = (THEIRS,)
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative error past which nothing is timed
 
 
@@ -99,17 +99,15 @@ def relative(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
-def forwards(
-    model: nn.Module, patched: nn.Module, own: nn.Module, cases: list[str], repeats: int, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def forwards(model: nn.Module, patched: nn.Module, own: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = next(model.parameters()).dtype
     rows = []
-    for name in cases:
+    for name in options.cases:
         inputs = batch(CASES[name], TEXT, dtype)
         theirs = {**inputs, "use_cache": False, "logits_to_keep": 1}
         ours = {key: value.cpu() if key == "image_grid_thw" else value for key, value in inputs.items()}
         contenders = {
-            "transformers sdpa": lambda x=theirs: model(**x).logits,
+            THEIRS: lambda x=theirs: model(**x).logits,
             "patched": lambda x=theirs: patched(**x).logits,
             "Qwen2VL": lambda x=ours: own(**x, logits_to_keep=1).logits,
         }
@@ -119,16 +117,17 @@ def forwards(
             errors = {key: relative(x, exact) for key, x in found.items()}
             if not all(error < ALLOWED[dtype] for error in errors.values()):
                 raise RuntimeError(f"case {name}: relative errors {errors}")
-            seconds = measure(contenders, repeats=repeats, device="cuda" if cuda() else "cpu", graph=False, clock=CLOCK)
+            runs = taking_part(options, contenders, PEERS)
+            seconds = measure(runs, repeats=options.repeats, device="cuda" if cuda() else "cpu", graph=False)
         row = {
             "case": name, "patches": int(inputs["image_grid_thw"].prod(1).sum()), "tokens": inputs["input_ids"].shape[1],
             "errors": errors, "same_token": len({int(x.argmax()) for x in found.values()}) == 1, "seconds": seconds,
-            "speedup": seconds["transformers sdpa"]["median"] / seconds["patched"]["median"],
+            "speedup": speedup(seconds, THEIRS, "patched"),
         }  # fmt: skip
         rows.append(row)
-        times = ", ".join(f"{key} {value['median'] * 1e3:.1f} ms (error {errors[key]:.1e})" for key, value in seconds.items())
-        tell(f"({name}) {row['patches']} patches, {row['tokens']} tokens: {times}, {row['speedup']:.2f}x, tokens equal: "
-             f"{row['same_token']}")  # fmt: skip
+        found = ", ".join(f"{key} {value['median'] * 1e3:.1f} ms (error {errors[key]:.1e})" for key, value in seconds.items())
+        say(options, f"({name}) {row['patches']} patches, {row['tokens']} tokens: {found}, {times(row['speedup'])}, "
+                     f"tokens equal: {row['same_token']}")  # fmt: skip
     return rows
 
 
@@ -146,7 +145,7 @@ def _exact(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return out
 
 
-def training(model: nn.Module, patched: nn.Module, repeats: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def training(model: nn.Module, patched: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Forward and backward of one sequence with labels; on CUDA the peak memory above what was there before."""
     grids, text = TRAIN
     if not cuda():
@@ -160,7 +159,7 @@ def training(model: nn.Module, patched: nn.Module, repeats: int, tell: Callable[
         loss.backward()
         return loss.detach()
 
-    contenders = {"transformers sdpa": model.train(), "patched": patched.train()}
+    contenders = {THEIRS: model.train(), "patched": patched.train()}
     losses = {name: float(step(one)) for name, one in contenders.items()}
     peaks = {}
     for name, one in contenders.items() if cuda() else ():
@@ -171,22 +170,23 @@ def training(model: nn.Module, patched: nn.Module, repeats: int, tell: Callable[
         step(one)
         peaks[name] = torch.cuda.max_memory_allocated() - before
     runs = {name: (lambda one=one: step(one)) for name, one in contenders.items()}
-    seconds = measure(runs, repeats=repeats, device="cuda" if cuda() else "cpu", graph=False, clock=CLOCK)
+    runs = taking_part(options, runs, PEERS)
+    seconds = measure(runs, repeats=options.repeats, device="cuda" if cuda() else "cpu", graph=False)
     model.zero_grad(set_to_none=True)
     model.eval(), patched.eval()
     row = {
         "case": "training step", "patches": inputs["pixel_values"].shape[0], "tokens": inputs["input_ids"].shape[1],
         "losses": losses, "peak_bytes": peaks, "seconds": seconds,
-        "speedup": seconds["transformers sdpa"]["median"] / seconds["patched"]["median"],
+        "speedup": speedup(seconds, THEIRS, "patched"),
     }  # fmt: skip
-    times = ", ".join(f"{key} {value['median'] * 1e3:.0f} ms" for key, value in seconds.items())
-    tell(f"training step, {row['patches']} patches, {row['tokens']} tokens: {times}, {row['speedup']:.2f}x, losses {losses}, "
-         f"peak {({k: f'{v / 2**30:.2f} GiB' for k, v in peaks.items()})}")  # fmt: skip
+    found = ", ".join(f"{key} {value['median'] * 1e3:.0f} ms" for key, value in seconds.items())
+    say(options, f"training step, {row['patches']} patches, {row['tokens']} tokens: {found}, {times(row['speedup'])}, losses "
+                 f"{losses}, peak {({k: f'{v / 2**30:.2f} GiB' for k, v in peaks.items()})}")  # fmt: skip
     return [row]
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser("patch", __doc__, repeats=10 if cuda() else 3)
+    arguments = parser("patch", __doc__, repeats=10 if cuda() else 3, peers=PEERS)
     arguments.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     arguments.add_argument("--depth", type=int, default=None if cuda() else 4, help="layers of each tower (on the CPU 4)")
     arguments.add_argument("--parts", action="store_true", help="each part alone, on the last case (always on a CUDA device)")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     patched = twin(model)
     report = qwen2vl_fast.patch(patched)
     own = qwen2vl_fast.Qwen2VL.from_transformers(model)
-    rows = forwards(model, patched, own, options.cases, options.repeats, lambda text: say(options, text))
+    rows = forwards(model, patched, own, options)
     keep(f"patch_{'cuda' if cuda() else 'cpu'}", options, rows, report=report.rows())
     say(options, str(report))
     parts = []
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = batch(CASES[options.cases[-1]], TEXT, next(model.parameters()).dtype)
         parts = report.verify({**inputs, "use_cache": False, "logits_to_keep": 1}, repeats=options.repeats)
     if options.train or cuda():
-        rows += training(model, patched, options.repeats, lambda text: say(options, text))
+        rows += training(model, patched, options)
     name = f"patch_{'cuda' if cuda() else 'cpu'}"
     publish(name, options, rows, ceilings=ceilings(), parts=parts, report=report.rows())
 

@@ -1,6 +1,6 @@
 """uint8 frames on the device to normalised patch rows, against the definition in eager PyTorch and compiled.
 
-python -m bench.patchify [--repeats 30] [--save]
+qwen2vl-fast bench patchify [--peers NAME ...] [--repeats 30] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.passes import Case, compiled, device, dtype, main, tokens
+from bench.passes import COMPILED, Case, compiled, device, dtype, main, tokens
+from bench.peers import OURS
 from qwen2vl_fast import ops, reference
 
+PEERS = ("torch", COMPILED)
 SIDE = 32  # patches across and down a frame: 448 pixels
 
 
@@ -36,7 +38,7 @@ def _case(frames: Tensor, count: int) -> Case:
 
     contenders = {
         "qwen2vl_fast": lambda: ours(frames),
-        "torch backend": lambda: blocks(frames),
+        f"{OURS}, torch backend": lambda: blocks(frames),
         "torch": lambda: eager(frames),
         **compiled(eager, frames),
     }

@@ -1,6 +1,6 @@
 """JPEG files to pixel rows: images a second against transformers' processors and qwen-vl-utils, on two threads.
 
-qwen2vl-fast bench preprocess [--threads 2] [--json] [--save]
+qwen2vl-fast bench preprocess [--peers NAME ...] [--threads 2] [--json] [--save]
 
 Every contender opens the file, decodes, resizes, normalises and cuts into patches. With --threads 1 processor time is told,
 which other work on the machine hardly lengthens. Besides, on a CUDA device: rows made there, in bfloat16.
@@ -9,7 +9,6 @@ which other work on the machine hardly lengthens. Besides, on a CUDA device: row
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.timing import ROOT, measure, parser, publish, say
+from bench.timing import ROOT, measure, parser, publish, say, taking_part
 from qwen2vl_fast import ops
 from qwen2vl_fast.media import MAX_PIXELS, MIN_PIXELS, load_image, preprocess_images, resized
 
@@ -31,6 +30,7 @@ SIZES = {  # (source, width, height)
 }
 OURS, PIL, VISION, UTILS = "qwen2vl_fast", "transformers PIL", "transformers torchvision", "qwen-vl-utils + transformers PIL"
 OURS_CUDA, VISION_CUDA = "qwen2vl_fast, rows on the GPU", "transformers torchvision, on the GPU"
+PEERS = (PIL, VISION, UTILS, VISION_CUDA)
 Rows = Callable[[str], torch.Tensor]
 
 
@@ -118,11 +118,12 @@ def pictures(folder: Path) -> dict[str, str]:
 def race(options: Any, folder: Path) -> list[dict[str, Any]]:
     cuda = torch.cuda.is_available()
     found, missing = contenders(cuda)
+    judge, found, missing = found[PIL], taking_part(options, found, PEERS), taking_part(options, missing, PEERS)
     for name, reason in missing.items():
         say(options, f"{name}: {reason}")
     rows = []
     for name, path in pictures(folder).items():
-        expected = found[PIL](path).float()
+        expected = judge(path).float()
         facts: dict[str, dict[str, Any]] = {contender: {"missing": reason} for contender, reason in missing.items()}
         for contender, run in found.items():
             out = run(path).float().cpu()
@@ -141,20 +142,19 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
             return call
 
         runs = {contender: one(run) for contender, run in found.items()}
-        clock = time.perf_counter if cuda or options.threads > 1 else time.process_time
-        seconds = measure(runs, repeats=options.repeats, device="cpu", clock=clock)
+        seconds = measure(runs, repeats=options.repeats, device="cpu")
         for contender, value in seconds.items():
             facts[contender] |= {"seconds": value, "images_per_second": 1 / value["median"]}
         rows.append({"picture": name, "rows": len(expected), "threads": options.threads, "contenders": facts})
         say(options, f"{name}, {len(expected)} rows")
         for contender, value in seconds.items():
-            ratio = seconds[PIL]["median"] / value["median"]
-            say(options, f"  {contender:<36} {1 / value['median']:8.1f} images/s  {ratio:.2f}x transformers PIL")
+            against = f"  {seconds[PIL]['median'] / value['median']:.2f}x {PIL}" if PIL in seconds else ""
+            say(options, f"  {contender:<36} {1 / value['median']:8.1f} images/s{against}")
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser("preprocess", __doc__, repeats=9)
+    arguments = parser("preprocess", __doc__, repeats=9, peers=PEERS)
     arguments.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     options = arguments.parse_args(argv)
     torch.set_num_threads(options.threads)

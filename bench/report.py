@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots
-from bench.timing import RESULTS, ROOT
+from bench.timing import RESULTS, ROOT, speedup, times
 from qwen2vl_fast.training import nano_card
 
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
@@ -83,20 +83,19 @@ def tower(result: Result) -> list[str]:
         rows = []
         for row in result["rows"]:
             patches = " + ".join(str(t * h * w) for t, h, w in row["grids"])
-            theirs, ours = (row["seconds"][key]["median"] * 1e3 for key in ("transformers sdpa", OURS))
-            rows.append([patches, f"{theirs:.0f} ms", f"{ours:.0f} ms", f"{row['speedup']:.2f}x"])
+            seconds = [row["seconds"].get(key) for key in ("transformers sdpa", OURS)]
+            cells = ["" if value is None else f"{value['median'] * 1e3:.0f} ms" for value in seconds]
+            rows.append([patches, *cells, times(row["speedup"])])
         return table(["patches of the images", "transformers sdpa", OURS, "ratio"], rows)
     theirs = "transformers sdpa"
     names = [n for n in dict.fromkeys(name for row in result["rows"] for name in row["seconds"]) if n != theirs]
     rows = []
     for row in result["rows"]:
-        seconds = {name: value["median"] for name, value in row["seconds"].items()}
-        cells = [
-            cell
-            for n in names
-            for cell in ((time(seconds[n]), f"{seconds[theirs] / seconds[n]:.2f}x") if n in seconds else ("", ""))
-        ]
-        rows.append([plots.case_name(row), time(seconds[theirs]), *cells, f"{100 * row['share_of_floor']:.0f} %"])
+        seconds, cells = row["seconds"], []
+        for n in names:
+            cells += [time(seconds[n]["median"]), times(speedup(seconds, theirs, n))] if n in seconds else ["", ""]
+        peer = time(seconds[theirs]["median"]) if theirs in seconds else ""
+        rows.append([plots.case_name(row), peer, *cells, f"{100 * row['share_of_floor']:.0f} %"])
     head = [cell for name in names for cell in (name, "ratio")]
     return table(["case", theirs, *head, "of the floor"], rows)
 
@@ -136,15 +135,13 @@ def passes(results: list[Result]) -> list[str]:
             if row["tokens"] != most:
                 continue
             ours = row["contenders"][OURS]
-            name, best = min(
-                ((n, f) for n, f in row["contenders"].items() if not n.startswith(OURS) and "seconds" in f),
-                key=lambda item: item[1]["seconds"]["median"],
-            )
-            ratio = best["seconds"]["median"] / ours["seconds"]["median"]
+            seconds = {n: facts["seconds"] for n, facts in row["contenders"].items() if "seconds" in facts}
+            peers = [n for n in seconds if not n.startswith(OURS)]
+            best = min(peers, key=lambda n: seconds[n]["median"], default="")
             share = f"{100 * ours['share_of_copy']:.0f} %"
             rows.append([
-                row["op"], str(row["tokens"]), time(ours["seconds"]["median"]), share, time(best["seconds"]["median"]), name,
-                f"{ratio:.2f}x",
+                row["op"], str(row["tokens"]), time(ours["seconds"]["median"]), share,
+                time(seconds[best]["median"]) if best else "", best, times(speedup(seconds, best, OURS)),
             ])  # fmt: skip
     return table(["op", "tokens", OURS, "of copy bandwidth", "best peer", "which", "ratio"], rows)
 
@@ -168,7 +165,7 @@ def preprocess(result: Result) -> list[str]:
         speeds = {name: row["contenders"][name]["images_per_second"] for name in names}
         peers = [speed for name, speed in speeds.items() if not name.startswith(OURS)]
         cells = [f"{speeds[name]:.1f}" for name in names]
-        rows.append([f"{row['picture']}, {row['rows']} rows", *cells, f"{speeds[OURS] / max(peers):.2f}x"])
+        rows.append([f"{row['picture']}, {row['rows']} rows", *cells, f"{times(speeds[OURS] / max(peers) if peers else None)}"])
     processor = result["rows"][0]["contenders"][OURS]["seconds"]["method"] == "processor time"
     lines = table(["images/s of processor time" if processor else "images/s", *names, "over the best peer"], rows)
     for name, facts in result["rows"][0]["contenders"].items():
@@ -244,7 +241,8 @@ def patch(result: Result) -> list[str]:
     rows = [
         [
             row["case"] if " " in row["case"] else f"({row['case']})", str(row["patches"]), str(row["tokens"]),
-            *(time(row["seconds"][name]["median"]) for name in head[3:5]), f"{row['speedup']:.2f}x",
+            *(time(row["seconds"][name]["median"]) if name in row["seconds"] else "" for name in head[3:5]),
+            times(row["speedup"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The tower's 2-D rotation of q and k inside packed qkv: transformers' function, compiled too, flash-attn's op, against ours.
 
-    python -m bench.rope [--repeats 30] [--save]
+    qwen2vl-fast bench rope [--peers NAME ...] [--repeats 30] [--json] [--save]
 
 The others are given their cos and sin tables, as a model makes them once a forward; ours computes angles from positions.
 """
@@ -14,9 +14,22 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from bench.passes import Case, compiled, compiled_with_gradients, device, dtype, main, peer, random, tokens, with_gradients
+from bench.passes import (
+    COMPILED,
+    Case,
+    compiled,
+    compiled_with_gradients,
+    device,
+    dtype,
+    main,
+    peer,
+    random,
+    tokens,
+    with_gradients,
+)
 from qwen2vl_fast import ops, positions, reference
 
+PEERS = ("transformers", COMPILED, "flash-attn")
 HEADS, DIM, THETA = 16, 80, 1e4
 
 

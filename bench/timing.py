@@ -10,11 +10,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,19 @@ def measure(
     device: str,
     cold: bool = False,
     graph: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Seconds a call of each contender: minimum, median, maximum over rounds in which every one is timed once.
 
     On CUDA, warm: device events around the replay of a graph of several calls; cold: FLUSH_BYTES are written before each
     single call. A contender that cannot be captured (or graph=False) is called plainly between the events instead; "method"
     says which it was ("graph", "events", or on the CPU the clock) and "why" the reason why it is not a graph. clock: on the
-    CPU; time.process_time for what one thread takes of a machine that is shared.
+    CPU (default: cpu_clock()).
 
     Returns: {contender: {"min", "median", "max", "method", "calls", perhaps "why"}}.
     """
     if not device.startswith("cuda"):
-        return _measure_cpu(contenders, repeats, clock)
+        return _measure_cpu(contenders, repeats, clock or cpu_clock())
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if cold else None
     prepared = {name: _prepare(run, 1 if cold else None, graph) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -63,6 +64,12 @@ def measure(
     for name, (_, calls, method, why) in prepared.items():
         rows[name] = _spread(seconds[name]) | {"method": method, "calls": calls} | ({"why": why} if why else {})
     return rows
+
+
+def cpu_clock() -> Callable[[], float]:
+    """Processor time where one thread works, which other work on the machine hardly lengthens; else wall time."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if alone else time.perf_counter
 
 
 def _measure_cpu(contenders: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, dict[str, Any]]:
@@ -228,15 +235,47 @@ def _run(*command: str) -> str:
         return ""
 
 
-def parser(subject: str, description: str, *, repeats: int = 30) -> argparse.ArgumentParser:
-    """The arguments that every subject takes."""
+def parser(
+    subject: str, description: str, *, repeats: int = 30, peers: Sequence[str] = (), on_request: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The arguments that every subject takes; with peers, --peers too. on_request: peers that take part when they are named."""
     arguments = argparse.ArgumentParser(prog=f"qwen2vl-fast bench {subject}", description=description.splitlines()[0])
     arguments.add_argument("--repeats", type=int, default=repeats, help=f"rounds of each timing (default: {repeats})")
     arguments.add_argument("--json", action="store_true", help="JSON on standard output, the rest on standard error")
     arguments.add_argument(
         "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="write a JSON file there (default: bench/results)"
     )
+    known = (*peers, *on_request)
+
+    def peer(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"expected {', '.join(known)}, got {name!r}")
+        return name
+
+    if known:
+        text = f"of {', '.join(known)} (default: {', '.join(peers) if on_request else 'all'}); no name: ours alone"
+        arguments.add_argument("--peers", nargs="*", type=peer, metavar="NAME", help=text)
     return arguments
+
+
+def chosen(options: argparse.Namespace, peers: Sequence[str]) -> list[str]:
+    """The peers that were asked for, by default these."""
+    return list(peers if options.peers is None else options.peers)
+
+
+def taking_part(options: argparse.Namespace, contenders: dict[str, Any], peers: Sequence[str]) -> dict[str, Any]:
+    """The contenders without those of these peers that were not asked for."""
+    wanted = chosen(options, peers)
+    return {name: run for name, run in contenders.items() if name not in peers or name in wanted}
+
+
+def speedup(seconds: dict[str, dict[str, float]], theirs: str, ours: str) -> float | None:
+    """Their median time over ours; None where they took no part."""
+    return seconds[theirs]["median"] / seconds[ours]["median"] if theirs in seconds else None
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def say(options: argparse.Namespace, text: str) -> None:
@@ -246,13 +285,13 @@ def say(options: argparse.Namespace, text: str) -> None:
 
 def command(subject: str, options: argparse.Namespace) -> str:
     """The command line that measures this again; where the result went is no part of it."""
-    words = ["qwen2vl-fast bench", subject]
+    words = ["qwen2vl-fast", "bench", subject]
     for key, value in vars(options).items():
         if key in ("subjects", "json", "save", "device") or value is None or value is False:
             continue
         words.append("--" + key.replace("_", "-"))
         words += [] if value is True else [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def subject_of(name: str) -> str:

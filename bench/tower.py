@@ -1,6 +1,6 @@
 """The vision tower against transformers with sdpa: same weights, same process, interleaved; and what each part of ours takes.
 
-qwen2vl-fast bench tower [--cases a f ...] [--depth 32] [--dtype bfloat16] [--compiled] [--json] [--save]
+qwen2vl-fast bench tower [--cases a f ...] [--peers NAME ...] [--depth 32] [--dtype bfloat16] [--json] [--save]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from bench.timing import capture, ceilings, keep, measure, parser, publish, say, warm_up
+from bench.timing import capture, ceilings, chosen, keep, measure, parser, publish, say, speedup, taking_part, times, warm_up
 from qwen2vl_fast import ops
 from qwen2vl_fast.config import VisionConfig
 from qwen2vl_fast.vision import VisionTower
@@ -30,13 +30,15 @@ CASES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "f": ((1, 72, 72), *3 * ((1, 36, 36),), *8 * ((1, 20, 32),), *16 * ((1, 16, 16),)),
     "g": ((32, 28, 36),),
 }  # fmt: skip
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative error past which nothing is timed
 WIDTH, HEADS, MLP = 1280, 16, 5120
 THEIRS, OURS, GRAPH, COMPILED = (
     "transformers sdpa",
     "qwen2vl_fast",
     "qwen2vl_fast in a CUDA graph",
-    "transformers sdpa compiled",
+    "transformers sdpa compiled",  # takes minutes, so only on request
 )
+PEERS = (THEIRS,)
 
 
 def towers(dtype: torch.dtype, device: str, depth: int) -> tuple[torch.nn.Module, VisionTower]:
@@ -52,18 +54,36 @@ def towers(dtype: torch.dtype, device: str, depth: int) -> tuple[torch.nn.Module
     return theirs, ours.eval()
 
 
-def in_a_graph(tower: VisionTower, pixels: torch.Tensor, grid: torch.Tensor) -> Callable[[], Any]:
-    """The tower's device work alone, replayed: what it takes when the host is not in the way."""
-    pack = tower.pack(grid, pixels.device)
+def in_a_graph(tower: VisionTower, pixels: torch.Tensor, grid: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The tower's device work alone, replayed: what it takes when the host is not in the way.
 
-    def run() -> torch.Tensor:
+    A call overwrites what the one before returned.
+    """
+    pack, out = tower.pack(grid, pixels.device), torch.empty(0)
+
+    def run() -> None:
+        nonlocal out
         x, branch = tower.patch_embed(pixels), None
         for block in tower.blocks:
             x, branch = block(x, branch, pack)
-        return tower.merger(x + branch)
+        out = tower.merger(x + branch)
 
     warm_up(run)
-    return capture(run)
+    replay = capture(run)
+
+    def replayed() -> torch.Tensor:
+        replay()
+        return out
+
+    return replayed
+
+
+def judge(name: str, out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The contender's relative error. Raises RuntimeError unless it is within the dtype's bound."""
+    error = float((out.double() - expected.double()).norm() / expected.double().norm())
+    if not error < ALLOWED[expected.dtype]:
+        raise RuntimeError(f"{name}: relative error {error:.1e} of the features")
+    return error
 
 
 def parts(tower: VisionTower, grid: torch.Tensor, dtype: torch.dtype, device: str, repeats: int) -> dict[str, dict[str, float]]:
@@ -105,22 +125,24 @@ def parts(tower: VisionTower, grid: torch.Tensor, dtype: torch.dtype, device: st
 
 def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: dict[str, Any]) -> list[dict]:
     theirs, ours = towers(dtype, device, options.depth)
-    compiled = torch.compile(theirs, dynamic=True) if options.compiled else None
+    compiled = torch.compile(theirs, dynamic=True) if COMPILED in chosen(options, PEERS) else None
     rows = []
     for case in options.cases:
         grids = CASES[case]
         grid = torch.tensor(grids)
         pixels = torch.randn(int(grid.prod(1).sum()), 1176, device=device, dtype=dtype)
         device_grid = grid.to(device)
-        expected, out = theirs(pixels, device_grid).pooler_output, ours(pixels, grid)
-        error = float((out - expected).norm() / expected.norm())
-        if not error < (1e-4 if dtype == torch.float32 else 3e-2):
-            raise RuntimeError(f"the towers disagree: relative error {error:.1e} on {grids}")
-        runs = {THEIRS: lambda p=pixels, g=device_grid: theirs(p, g), OURS: lambda p=pixels, g=grid: ours(p, g)}
-        if device == "cuda":
+        runs = {
+            THEIRS: lambda p=pixels, g=device_grid: theirs(p, g).pooler_output,
+            OURS: lambda p=pixels, g=grid: ours(p, g),
+        }
+        if device != "cpu":
             runs[GRAPH] = in_a_graph(ours, pixels, grid)
         if compiled is not None:
-            runs[COMPILED] = lambda p=pixels, g=device_grid: compiled(p, g)
+            runs[COMPILED] = lambda p=pixels, g=device_grid: compiled(p, g).pooler_output
+        expected = runs[THEIRS]()
+        errors = {name: judge(f"case {case}, {name}", run(), expected) for name, run in runs.items()}
+        runs = taking_part(options, runs, PEERS)
         seconds = measure(runs, repeats=options.repeats, device=device, graph=False)
         best = min(seconds[name]["median"] for name in (OURS, GRAPH) if name in seconds)
         row = {
@@ -128,11 +150,11 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: 
             "grids": grids,
             "dtype": str(dtype).removeprefix("torch."),
             "depth": options.depth,
-            "error": error,
+            "errors": errors,
             "seconds": seconds,
-            "speedup": seconds[THEIRS]["median"] / seconds[OURS]["median"],
+            "speedup": speedup(seconds, THEIRS, OURS),
         }
-        if device == "cuda":
+        if device != "cpu":
             row["parts"] = parts(ours, grid, dtype, device, options.repeats)
             floor = sum(
                 max(part["flop"] / ceiling["matmul_flops"], part["bytes"] / ceiling["copy_bytes_per_s"])
@@ -158,9 +180,9 @@ def describe(grids: tuple[tuple[int, int, int], ...]) -> str:
 
 
 def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
-    say(options, f"({row['case']}) {describe(row['grids'])} patches, relative error {row['error']:.1e}, {row['speedup']:.2f}x")
+    say(options, f"({row['case']}) {describe(row['grids'])} patches, {times(row['speedup'])}")
     for name, value in row["seconds"].items():
-        say(options, f"  {name:<30} {value['median'] * 1e3:9.3f} ms")
+        say(options, f"  {name:<30} {value['median'] * 1e3:9.3f} ms, relative error {row['errors'][name]:.1e}")
     for name, part in row.get("parts", {}).items():
         say(options, f"    {name:<28} {part['seconds'] * 1e3:9.3f} ms")
     if "floor_seconds" in row:
@@ -169,11 +191,10 @@ def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    arguments = parser("tower", __doc__, repeats=10 if cuda else 5)
+    arguments = parser("tower", __doc__, repeats=10 if cuda else 5, peers=PEERS, on_request=(COMPILED,))
     arguments.add_argument("--cases", nargs="*", choices=tuple(CASES), help="default: a to g, on the CPU 1 to 5")
     arguments.add_argument("--depth", type=int, default=32 if cuda else 4, help="blocks (default: 32, on the CPU 4)")
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    arguments.add_argument("--compiled", action="store_true", help="also transformers under torch.compile, which takes minutes")
     options = arguments.parse_args(argv)
     options.cases = options.cases or list("abcdefg" if cuda else "12345")
     device = "cuda" if cuda else "cpu"

@@ -238,18 +238,23 @@ def _interact(conversation: Conversation) -> int:
     return 0
 
 
+def subjects() -> list[str]:
+    """What there is to measure in a checkout."""
+    names = (path.stem for path in (CHECKOUT / "bench").glob("*.py"))
+    return sorted(name for name in names if name not in NO_SUBJECTS and not name.startswith("test_"))
+
+
 def run_bench(arguments: argparse.Namespace) -> int:
     """The benchmarks of a checkout, one subject or all, each in a process of its own."""
-    names = (path.stem for path in (CHECKOUT / "bench").glob("*.py"))
-    subjects = sorted(name for name in names if name not in NO_SUBJECTS and not name.startswith("test_"))
-    if not subjects:
+    known = subjects()
+    if not known:
         raise FileNotFoundError("benchmarks live in the repository; install a checkout with pip install -e and run this again")
     if arguments.list:
-        say("\n".join(subjects))
+        say("\n".join(known))
         return 0
-    wanted = [arguments.subject] if arguments.subject else subjects
-    if wanted[0] not in subjects:
-        raise ValueError(f"bench: expected one of {', '.join(subjects)}, got {arguments.subject!r}")
+    wanted = known if arguments.subject == "all" else [arguments.subject]
+    if wanted[0] not in known:
+        raise ValueError(f"bench: expected one of {', '.join(known)}, or all, got {arguments.subject!r}")
     commands = [[sys.executable, "-m", f"bench.{name}", *arguments.rest] for name in wanted]
     return max(subprocess.run(command, cwd=CHECKOUT).returncode for command in commands)
 
@@ -295,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     talk.set_defaults(run=run_chat)
 
     bench = commands.add_parser("bench", help="timings on this machine (in a checkout)")
-    bench.add_argument("subject", nargs="?", help="one file of bench/ (default: all)")
+    bench.add_argument("subject", nargs="?", default="all", help="one file of bench/ (default: all)")
     bench.add_argument("--list", action="store_true", help="name the subjects")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="handed to it")
     bench.set_defaults(run=run_bench)

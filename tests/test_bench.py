@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,9 +76,20 @@ class Device:
 
 def test_contenders_take_turns_and_the_median_is_told():
     order = []
-    found = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, device="cpu")
+    contenders = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = timing.measure(contenders, repeats=3, device="cpu", clock=time.perf_counter)
     assert order == ["a", "b"] * 4  # the first round warms up
     assert all(row["min"] <= row["median"] <= row["max"] and row["method"] == "clock" for row in found.values())
+
+
+
+def test_one_thread_is_timed_by_what_the_processor_did_for_it(monkeypatch):
+    """Other work on the machine, here a sleep, is no part of it; with more threads it is wall time."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for threads, method in ((1, "processor time"), (2, "clock")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = timing.measure({"a": lambda: time.sleep(0.05)}, repeats=1, device="cpu")["a"]
+        assert found["method"] == method and (found["median"] < 0.04) == (threads == 1)
 
 
 def test_a_graph_of_several_calls_is_replayed(monkeypatch):
@@ -103,14 +115,24 @@ def test_cold_writes_the_buffer_before_every_call(monkeypatch):
 
 
 def test_the_command_of_a_result_measures_it_again(tmp_path):
-    arguments = timing.parser("attention", "x")
+    arguments = timing.parser("attention", "x", peers=("torch varlen_attn", "cuDNN"))
     arguments.add_argument("--cases", nargs="*")
     arguments.add_argument("--backward", action="store_true")
-    options = arguments.parse_args(["--cases", "a", "b", "--save", str(tmp_path), "--backward"])
+    options = arguments.parse_args(["--cases", "a", "b", "--save", str(tmp_path), "--backward", "--peers", "torch varlen_attn"])
     result = timing.publish("attention_backward_cpu", options, [])
-    assert result["command"] == "qwen2vl-fast bench attention --repeats 30 --cases a b --backward"
+    assert result["command"] == "qwen2vl-fast bench attention --repeats 30 --peers 'torch varlen_attn' --cases a b --backward"
+    assert vars(arguments.parse_args(shlex.split(result["command"])[3:])) == vars(options) | {"save": None}
     assert json.loads((tmp_path / "attention_backward_cpu.json").read_text()) == result
     assert {"date", "device", "torch", "commit", "sources"} <= set(result["environment"])
+
+
+def test_an_unknown_peer_is_an_error_that_names_the_known_ones(capsys):
+    arguments = timing.parser("x", "x", peers=("torch", "Liger"), on_request=("slow",))
+    for asked, expected in (([], ["torch", "Liger"]), (["--peers"], []), (["--peers", "slow"], ["slow"])):
+        assert timing.chosen(arguments.parse_args(asked), ("torch", "Liger")) == expected
+    with pytest.raises(SystemExit) as stop:
+        arguments.parse_args(["--peers", "Liger", "liger"])
+    assert stop.value.code == 2 and "--peers: expected torch, Liger, slow, got 'liger'" in capsys.readouterr().err
 
 
 def test_json_alone_is_on_standard_output(capsys):
@@ -366,6 +388,20 @@ def test_every_kind_of_result_has_its_table(made_up):
         assert figure in text, figure
     assert "sources 0123456789ab" in text and "matrix product 8192^3 bfloat16 800 TFLOP/s" in text
     assert text.count("docs/plots/") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [("tower_cuda_bfloat16", "transformers sdpa"), ("rope_cuda", "torch.compile"), ("preprocess_cuda", "transformers PIL")],
+)
+def test_results_without_a_peer_have_a_table_too(name, peer):
+    result = results()[name]
+    for row in result["rows"]:
+        row.get("contenders", row["seconds"] if "seconds" in row else {}).pop(peer)
+        row["speedup"] = None
+    renders = {"tower": report.tower, "rope": lambda one: report.passes([one]), "preprocess": report.preprocess}
+    lines = renders[name.split("_")[0]](result)
+    assert lines[2].count("|") == lines[0].count("|") and "x |" not in lines[2]
 
 
 def test_what_is_no_result_is_refused(made_up, tmp_path):

@@ -3,13 +3,15 @@ here and not on a device. What runs on a device alone (sweeps, the sanitizers' p
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 
 import pytest
 import torch
 
-from bench import generate, passes, patch, peers, preprocess, sanitize, stories, sweep, timing, tower
+from bench import generate, host, linear, passes, patch, peers, preprocess, sanitize, stories, sweep, timing, tower, train
+from qwen2vl_fast import cli
 from tests.compiled import compiled, recorded
 
 TINY = (256, 1, 2, 1, 64, True)  # hidden, layers, heads, key-value heads, MLP, tied
@@ -39,6 +41,19 @@ def saved(folder) -> dict[str, dict]:
     return found
 
 
+def test_every_subject_knows_its_peers(capsys):
+    """`qwen2vl-fast bench SUBJECT --peers nobody` names them and measures nothing."""
+    subjects = set(cli.subjects()) - {"static_model"}  # which has none
+    assert len(subjects) == 15
+    for subject in sorted(subjects):
+        module = importlib.import_module(f"bench.{subject}")
+        main = functools.partial(passes.main, (subject,), subject) if subject in passes.SUBJECTS else module.main
+        with pytest.raises(SystemExit) as stop:
+            main(["--peers", "nobody"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "got 'nobody'" in error and all(peer in error for peer in module.PEERS)
+
+
 @pytest.mark.parametrize("subject", passes.SUBJECTS)
 def test_passes(subject, tmp_path, monkeypatch, capsys):
     """Each judged against its float64 definition; a peer that is not there is a row that says so."""
@@ -51,15 +66,70 @@ def test_passes(subject, tmp_path, monkeypatch, capsys):
     contenders = [item for row in result["rows"] for item in row["contenders"].items()]
     reasons = {name: facts["missing"] for name, facts in contenders if "missing" in facts}
     expected = {"rope": {"flash-attn"}, "mrope": {"Liger"}, "norms": {"Liger"}, "activations": {"Liger"}}.get(subject, set())
-    assert set(reasons) == expected and set(reasons.values()) <= {"needs a CUDA device"}
+    assert reasons.pop(passes.COMPILED) == "not compiled on a CPU"
+    assert expected <= {name for name, facts in contenders if facts.get("missing") == "needs a CUDA device"}
+    assert all(reason == "not in this case" for name, reason in reasons.items() if name not in expected)
     text = capsys.readouterr().out
     assert all(f"{name:<22}needs a CUDA device" in text for name in expected)
+
+
+def test_a_pass_against_one_peer_and_against_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "TOKENS", (64,))
+    ours = {"qwen2vl_fast", "qwen2vl_fast in place"}
+    for asked, expected in ((["transformers"], {*ours, "transformers"}), ([], ours)):
+        passes.main(("mrope",), "x", ["--repeats", "1", "--save", str(tmp_path), "--peers", *asked])
+        rows = saved(tmp_path)["mrope_cpu"]["rows"]
+        assert set(rows[0]["contenders"]) == expected
+    passes.main(passes.SUBJECTS, "x", ["mrope", "norms", "--repeats", "1", "--save", str(tmp_path), "--peers", "torch"])
+    found = saved(tmp_path)
+    assert set(found["mrope_cpu"]["rows"][0]["contenders"]) == ours, "a peer of norms alone"
+    assert found["norms_cpu"]["rows"][-1]["contenders"]["torch"] == {"missing": "not in this case"}
 
 
 def test_tower(tmp_path):
     tower.main(["--cases", "1", "--depth", "1", "--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["tower_cpu_float32"]["rows"]
-    assert row["error"] < 1e-4 and set(row["seconds"]) == {tower.THEIRS, tower.OURS}
+    assert max(row["errors"].values()) < 1e-4 and set(row["seconds"]) == {tower.THEIRS, tower.OURS}
+    tower.main(["--cases", "1", "--depth", "1", "--repeats", "1", "--save", str(tmp_path), "--peers"])
+    (row,) = saved(tmp_path)["tower_cpu_float32"]["rows"]
+    assert set(row["errors"]) == {tower.THEIRS, tower.OURS} and set(row["seconds"]) == {tower.OURS}
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """race() of the tower as on a device; a graph is the plain call, replayed after other inputs have been through it."""
+    monkeypatch.setattr(tower, "warm_up", lambda run: run())
+    monkeypatch.setattr(tower, "capture", lambda run: run)
+    monkeypatch.setattr(tower, "CASES", {"a": ((1, 4, 6),)})
+    options = timing.parser("tower", "x", peers=tower.PEERS, on_request=(tower.COMPILED,)).parse_args(["--repeats", "1"])
+    options.cases, options.depth, options.dtype = ["a"], 1, "float32"
+
+    def race(*named: str) -> list[dict]:
+        options.peers = list(named)
+        with torch.inference_mode():
+            return tower.race(options, torch.float32, "cpu:0", {"matmul_flops": 1e11, "copy_bytes_per_s": 1e10})
+
+    return race
+
+
+def test_the_graph_of_the_tower_is_judged_before_it_is_timed(on_a_device, monkeypatch):
+    (row,) = on_a_device()
+    assert row["errors"][tower.GRAPH] < 1e-4 and set(row["seconds"]) == {tower.OURS, tower.GRAPH}
+    in_a_graph = tower.in_a_graph
+
+    def stale(model, pixels, grid):
+        """What a graph gives that was captured on memory of other pixels."""
+        return in_a_graph(model, pixels + 1, grid)
+
+    monkeypatch.setattr(tower, "in_a_graph", stale)
+    with pytest.raises(RuntimeError, match="case a, qwen2vl_fast in a CUDA graph: relative error"):
+        on_a_device()
+
+
+def test_the_compiled_tower_is_judged_before_it_is_timed(on_a_device, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda p, g: model(p + 1, g))
+    with pytest.raises(RuntimeError, match="transformers sdpa compiled: relative error"):
+        on_a_device(tower.COMPILED)
 
 
 def test_parts_of_the_tower():
@@ -77,6 +147,8 @@ def test_generate(tmp_path, monkeypatch):
     rows = saved(tmp_path)["generate_2B_cpu_float32"]["rows"]
     assert [row["batch"] for row in rows] == [1, 2]
     assert all(set(row["contenders"]) == {generate.THEIRS, generate.OURS} for row in rows)
+    generate.main([*sizes, "--repeats", "1", "--save", str(tmp_path), "--peers"])
+    assert set(saved(tmp_path)["generate_2B_cpu_float32"]["rows"][0]["contenders"]) == {generate.OURS}
 
 
 def test_stories(tmp_path, monkeypatch):
@@ -86,28 +158,34 @@ def test_stories(tmp_path, monkeypatch):
     stories.main([*sizes, "--repeats", "1", "--save", str(tmp_path)])
     rows = saved(tmp_path)["stories_cpu"]["rows"]
     assert [row["kind"] for row in rows] == ["images", "images", "videos"]
+    files = stories.files
+    monkeypatch.setattr(stories, "files", lambda *place: dict(list(files(*place).items())[:1]))
+    stories.main([*sizes, "--repeats", "1", "--save", str(tmp_path), "--peers"])
+    assert set(saved(tmp_path)["stories_cpu"]["rows"][0]["contenders"]) == {stories.PATCHED, stories.OURS}
 
 
 def test_patch(tmp_path, narrow):
     patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--parts", "--train", "--save", str(tmp_path)])
     result = saved(tmp_path)["patch_cpu"]
     assert [row["case"] for row in result["rows"]] == ["a", "training step"] and result["parts"]
+    patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--train", "--save", str(tmp_path), "--peers"])
+    rows = saved(tmp_path)["patch_cpu"]["rows"]
+    assert all("patched" in row["seconds"] and patch.THEIRS not in row["seconds"] and row["speedup"] is None for row in rows)
 
 
 def test_train(tmp_path, capsys, narrow):
-    from bench import train
-
     train.main(["--depth", "1", "--text", "16", "--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["train_cpu"]["rows"]
     assert row["contenders"][train.FLASH] == {"missing": "needs a CUDA device"}
     assert "needs a CUDA device" in capsys.readouterr().out
     errors = [error for facts in row["contenders"].values() if "loss" in facts for error in facts["gradient_errors"]]
     assert len(errors) == 9 and max(errors) < 1e-4
+    train.main(["--depth", "1", "--text", "16", "--repeats", "1", "--save", str(tmp_path), "--peers"])
+    (row,) = saved(tmp_path)["train_cpu"]["rows"]
+    assert set(row["contenders"]) == {train.PATCHED, train.OURS}
 
 
 def test_a_model_that_trains_on_something_else_is_not_timed(monkeypatch, narrow):
-    from bench import train
-
     model = patch.build(1)
     monkeypatch.setattr(train, "gradients", lambda one, seen=[]: seen.append(0) or [torch.ones(2) * len(seen)])
     with pytest.raises(RuntimeError, match="relative errors of the gradients"):
@@ -119,6 +197,19 @@ def test_preprocess(tmp_path, monkeypatch):
     preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
     assert row["contenders"][preprocess.OURS]["largest_difference"] < 1e-5
+    preprocess.main(["--repeats", "1", "--save", str(tmp_path), "--peers", preprocess.VISION])
+    (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
+    assert set(row["contenders"]) == {preprocess.OURS, preprocess.OURS_CUDA, preprocess.VISION}
+
+
+def test_products_and_the_host_without_peers(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "TOKENS", 8)
+    monkeypatch.setattr(host, "op_calls", dict)
+    for module in (linear, host):
+        module.main(["--repeats", "1", "--save", str(tmp_path), "--peers"])
+    found = saved(tmp_path)
+    assert all(set(row["gflops"]) == {"qwen2vl_fast"} for row in found["linear_cpu"]["rows"])
+    assert all("patched" in row["calls"] and "transformers" not in row["calls"] for row in found["host"]["rows"])
 
 
 def test_rows_made_on_a_device_are_those_made_on_the_host(tmp_path, monkeypatch):

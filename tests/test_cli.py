@@ -392,6 +392,8 @@ def test_bench_runs_the_subjects_of_the_checkout(capfd, monkeypatch, tmp_path):
     assert capfd.readouterr().out == "one ['--repeats', '2']\n"
     assert cli.main(["bench"]) == 1
     assert capfd.readouterr().out == "one []\ntwo []\n"
+    assert cli.main(["bench", "all", "--json"]) == 1
+    assert capfd.readouterr().out == "one ['--json']\ntwo ['--json']\n"
 
 
 def test_bench_without_a_checkout(capsys, monkeypatch, tmp_path):
