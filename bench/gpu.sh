@@ -25,9 +25,13 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_T
 LIMIT=590 # seconds a part
 BUDGET=${BUDGET:-}
 
+within() { # SECONDS command...
+  timeout -k 10 "$@"
+}
+
 need_device() {
-  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "$1 needs a CUDA device and a torch that was built for it"; "$PYTHON" -m qwen2vl_fast.doctor; return 1; }
+  within 60 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "$1 needs a CUDA device and a torch that was built for it"; within 60 "$PYTHON" -m qwen2vl_fast.doctor; return 1; }
 }
 
 need_nvcc() {
@@ -35,7 +39,7 @@ need_nvcc() {
 }
 
 build() {
-  timeout -k 10 $LIMIT "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m qwen2vl_fast.doctor
+  within $LIMIT "$PYTHON" setup.py build_ext --inplace && within 60 "$PYTHON" -m qwen2vl_fast.doctor
 }
 
 # The tests are dealt to processes; those that fill the memory run afterwards, alone.
@@ -43,9 +47,11 @@ run_tests() {
   need_device "gpu.sh test" || return 1
   local parts status=0 without=()
   parts=$(mktemp -d)
-  "$PYTHON" -c 'import av' 2>/dev/null || { without=(--ignore=tests/test_video.py --ignore=tests/test_video_files.py); echo "no av: the tests of video files are left out"; }
+  within 60 "$PYTHON" -c 'import av' 2>/dev/null || { without=(--ignore=tests/test_video.py --ignore=tests/test_video_files.py); echo "no av: the tests of video files are left out"; }
   export CUBLAS_WORKSPACE_CONFIG=:4096:8
-  "$PYTHON" -m pytest -m 'gpu and not full' --collect-only -q -p no:cacheprovider "${without[@]}" >"$parts/collected" 2>&1
+  within $((LIMIT * 2 / 10)) "$PYTHON" -m pytest -m 'gpu and not full' --collect-only -q -p no:cacheprovider "${without[@]}" \
+    >"$parts/collected" 2>&1
+  case $? in 124 | 137) echo "collecting the tests took more than $((LIMIT * 2 / 10)) s"; return 1 ;; esac
   grep '::' "$parts/collected" | grep -v '^ERROR' >"$parts/all"
   if [ ! -s "$parts/all" ]; then
     tail -n 40 "$parts/collected"
@@ -60,7 +66,7 @@ run_tests() {
   split -n "r/$JOBS" "$parts/small" "$parts/part_"
   local part running=()
   for part in "$parts"/part_??; do
-    pytest_on "$part" 7 &
+    pytest_on "$part" 6 &
     running+=($!)
   done
   for part in "${running[@]}"; do wait "$part" || status=1; done
@@ -75,50 +81,51 @@ run_tests() {
 }
 
 pytest_on() { # FILE of test names, TENTHS of the part's time
-  timeout -k 10 $((LIMIT * $2 / 10)) xargs -r -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
+  within $((LIMIT * $2 / 10)) xargs -r -d '\n' -a "$1" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short >"$1.log" 2>&1
 }
 
 sanitize() {
   need_device "gpu.sh sanitize" || return 1
   command -v compute-sanitizer >/dev/null || { echo "gpu.sh sanitize needs compute-sanitizer, which is part of the CUDA toolkit"; return 1; }
   local tool status=0
-  "$PYTHON" -m bench.sanitize || return 1 # once without: what it compiles is then there
+  # Once without a tool: what it compiles is then there.
+  within $((LIMIT / 4)) "$PYTHON" -m bench.sanitize || { echo "without a tool: failed ($?)"; return 1; }
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 $((LIMIT / 6)) compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within $((LIMIT / 7)) compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 \
       "$PYTHON" -m bench.sanitize --tool $tool || { echo "$tool: failed ($?)"; status=1; }
   done
   # Each tool on the sm_80 kernels alone, and on copies with a bug planted, which it must find.
-  timeout -k 10 $((LIMIT / 4)) "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_sanitizer.py || status=1
+  within $((LIMIT / 6)) "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_sanitizer.py || status=1
   return $status
 }
 
 micro() {
   need_device "gpu.sh micro" && need_nvcc "gpu.sh micro" || return 1
-  timeout -k 10 $LIMIT "$PYTHON" -m bench.micro --output "$OUT/micro_cuda.json"
+  within $LIMIT "$PYTHON" -m bench.micro --output "$OUT/micro_cuda.json"
 }
 
 # All forms of the Hopper forward; `python -m bench.variants --choose` then makes the best one the extension's.
 variants() {
   need_device "gpu.sh variants" && need_nvcc "gpu.sh variants" || return 1
-  timeout -k 10 $LIMIT "$PYTHON" -m bench.variants --save "$OUT"
+  within $LIMIT "$PYTHON" -m bench.variants --save "$OUT"
 }
 
 # What the units of a multiprocessor do during one launch of the attention forward.
 profile() {
   need_device "gpu.sh profile" || return 1
   command -v ncu >/dev/null || { echo "gpu.sh profile needs ncu, Nsight Compute of the CUDA toolkit"; return 1; }
-  timeout -k 10 $LIMIT ncu --kernel-name-base demangled --kernel-name regex:Forward --launch-skip 2 --launch-count 1 \
+  within $LIMIT ncu --kernel-name-base demangled --kernel-name regex:Forward --launch-skip 2 --launch-count 1 \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section SchedulerStats --section WarpStateStats --section LaunchStats \
     "$PYTHON" -m bench.profile
 }
 
 subject() {
-  timeout -k 10 $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench "$@" --save "$OUT"
+  within $LIMIT "$PYTHON" -m qwen2vl_fast.cli bench "$@" --save "$OUT"
 }
 
 bench() {
-  [ $# -gt 0 ] || set -- $("$PYTHON" -m qwen2vl_fast.cli bench --list)
+  [ $# -gt 0 ] || set -- $(within 60 "$PYTHON" -m qwen2vl_fast.cli bench --list)
   local name status=0
   for name in "$@"; do
     echo "== $name"

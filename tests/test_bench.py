@@ -442,6 +442,7 @@ def test_gpu_sh_says_what_it_can_do_and_what_is_missing(tmp_path):
 
 STUB = """#!/usr/bin/env bash
 echo "$@" >>"$CALLS"
+case "$*" in *"${HANGS:-nothing hangs}"*) sleep 60 ;; esac
 case "$*" in
   *"bench tower"*) [ ! -e "$CALLS.broken" ] || exit 5 ;;
   *--collect-only*) printf 'tests/a.py::test_%s\\n' 1 2 3 int32 ;;
@@ -494,6 +495,26 @@ def test_gpu_sh_keeps_to_its_budget(gpu_sh):
     assert status == 3 and calls == [] and lines[-2:] == ["rope not reached", "merge not reached"]
     status, lines, calls = gpu_sh("all", "merge", "rope", BUDGET="60")
     assert status == 0 and len(calls) == 2
+
+
+def test_gpu_sh_stops_what_hangs(gpu_sh):
+    """Collecting the tests, and the program that the sanitizers look at, before any of them looks."""
+    compute_sanitizer = gpu_sh.calls.parent / "compute-sanitizer"
+    compute_sanitizer.write_text("#!/bin/sh\nexit 0\n")
+    compute_sanitizer.chmod(0o755)
+    path = f"{compute_sanitizer.parent}:{os.environ['PATH']}"
+    cases = ("test", "--collect-only", "took more than 4 s"), ("sanitize", "bench.sanitize", "without a tool")
+    for step, hangs, told in cases:
+        began = time.monotonic()
+        status, lines, _ = gpu_sh("all", step, BUDGET="32", HANGS=hangs, PATH=path)
+        assert status == 1 and any(told in line for line in lines) and lines[-1].startswith(f"{step} FAILED"), lines
+        assert time.monotonic() - began < 20
+
+
+def test_every_python_of_gpu_sh_has_a_limit():
+    text = (report.ROOT / "bench" / "gpu.sh").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if '"$PYTHON" ' in line]
+    assert len(lines) == 14 and all(re.search(r'\bwithin \S.* "\$PYTHON" ', line) for line in lines)
 
 
 def test_gpu_sh_runs_all_that_it_has(gpu_sh):
