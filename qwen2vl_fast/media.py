@@ -240,22 +240,23 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
         raise ValueError(f"out: expected float32 [{pairs * patches}, {ROW}], got {out.dtype} {tuple(out.shape)}")
 
     # numpy: as fast as torch on one core, and not slowed when other work keeps torch's thread pool waiting.
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (np.array(values, np.float32)[:, None, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     target = out.numpy().reshape(pairs, patches, 3, 2, PATCH * PATCH)
     cells = frames.reshape(pairs, per_pair, height // FACTOR, MERGE, PATCH, width // FACTOR, MERGE, PATCH, 3)
     bands = target.reshape(pairs, height // FACTOR, width // FACTOR * MERGE * MERGE, *target.shape[2:])
 
     def normalise(place: tuple[int, int, int]) -> None:
         pair, first, end = place
-        # Axes of a pair: frame, H/28, merge y, y, W/28, merge x, x, channel. Bytes are cheaper to move than floats.
+        # Axes of a pair: frame, H/28, merge y, y, W/28, merge x, x, channel. Bytes are cheaper to move than floats, and those
+        # of a patch's line lie together; the channels are parted by the cast, so that what follows runs over long rows.
         rows = bands[pair, first:end].reshape(-1, *target.shape[2:])
-        values = cells[pair, :, first:end].transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(len(rows), 3, per_pair, PATCH * PATCH)
+        values = cells[pair, :, first:end].transpose(1, 4, 2, 5, 0, 3, 6, 7).reshape(len(rows), per_pair, PATCH * PATCH, 3)
         for start in range(0, len(rows), _BLOCK):
-            block = values[start : start + _BLOCK].astype(np.float32)
+            block = values[start : start + _BLOCK].transpose(3, 0, 1, 2).astype(np.float32, order="C")
             block /= 255
             block -= mean
             block /= std
-            rows[start : start + _BLOCK] = block
+            rows[start : start + _BLOCK] = block.transpose(1, 0, 2, 3)
 
     step = max(1, _BAND // max(1, width // FACTOR * MERGE * MERGE))
     places = [(pair, first, first + step) for pair in range(pairs) for first in range(0, height // FACTOR, step)]
@@ -267,8 +268,8 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
 
 
 def resize_frame(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """An RGB image at `size` = (height, width) by PIL's bicubic filter, as uint8 [H,W,3]."""
-    return np.array(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    """An RGB image at `size` = (height, width) by PIL's bicubic filter, as uint8 [H,W,3] to read."""
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def resized(height: int, width: int, min_pixels: int, max_pixels: int, name: str) -> tuple[int, int]:
