@@ -159,6 +159,14 @@ def host_seconds(run: Callable[[], Any], on: str) -> float:
     return elapsed
 
 
+def judge(case: Case, name: str, outputs: Any) -> float:
+    """The contender's relative error. Raises RuntimeError if it computes something else."""
+    error = relative_error(case, _tuple(outputs))
+    if not error <= ALLOWED[dtype()]:
+        raise RuntimeError(f"{case.name}, {case.tokens} tokens, {name}: relative error {error:.1e}")
+    return error
+
+
 def taking_part(case: Case, wanted: Sequence[str]) -> tuple[dict[str, Callable[[], Sequence[Tensor]]], dict[str, str]]:
     """The contenders that are ours or wanted, and why a wanted peer is none. A peer may have a second contender, in place."""
     peer_of = {name: name.removesuffix(" in place") for name in case.contenders}
@@ -175,9 +183,7 @@ def measure_case(case: Case, wanted: Sequence[str], repeats: int, copy: float) -
     on, errors = device(), {}
     runs, missing = taking_part(case, wanted)
     for name, run in runs.items():  # the first call of each: those that work in place find what they started with
-        errors[name] = relative_error(case, _tuple(run()))
-        if errors[name] > ALLOWED[dtype()]:
-            raise RuntimeError(f"{case.name}, {case.tokens} tokens, {name}: relative error {errors[name]:.1e}")
+        errors[name] = judge(case, name, run())
     seconds = measure(runs, repeats=repeats, device=on)
     cold = {}
     if on != "cpu" and case.tokens <= COLD_TOKENS:

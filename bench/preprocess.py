@@ -20,6 +20,7 @@ from PIL import Image
 from bench.timing import ROOT, measure, parser, publish, say, taking_part
 from qwen2vl_fast import ops
 from qwen2vl_fast.media import MAX_PIXELS, MIN_PIXELS, load_image, preprocess_images, resized
+from qwen2vl_fast.reference import IMAGE_STD
 
 PICTURES = ROOT / "qwen2vl_fast" / "assets" / "pictures"
 SIZES = {  # (source, width, height)
@@ -31,6 +32,8 @@ SIZES = {  # (source, width, height)
 OURS, PIL, VISION, UTILS = "qwen2vl_fast", "transformers PIL", "transformers torchvision", "qwen-vl-utils + transformers PIL"
 OURS_CUDA, VISION_CUDA = "qwen2vl_fast, rows on the GPU", "transformers torchvision, on the GPU"
 PEERS = (PIL, VISION, UTILS, VISION_CUDA)
+LEVEL = 1 / 255 / max(IMAGE_STD)  # a grey level, at least, in normalised rows
+ALLOWED = {OURS: 1e-5, OURS_CUDA: LEVEL}  # largest differences of our rows; those on the GPU are bfloat16
 Rows = Callable[[str], torch.Tensor]
 
 
@@ -115,6 +118,16 @@ def pictures(folder: Path) -> dict[str, str]:
     return paths
 
 
+def compare(out: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+    """How far rows are from transformers' own; "missing" if they are other rows. Resizes differ by a level here and there."""
+    if out.shape != expected.shape:
+        return {"missing": f"computes something else: rows {tuple(out.shape)} instead of {tuple(expected.shape)}"}
+    difference = (out - expected).abs()
+    if not difference.mean() < LEVEL:
+        return {"missing": f"computes something else: {difference.mean() / LEVEL:.1f} grey levels off in the mean"}
+    return {"largest_difference": float(difference.max())}
+
+
 def race(options: Any, folder: Path) -> list[dict[str, Any]]:
     cuda = torch.cuda.is_available()
     found, missing = contenders(cuda)
@@ -127,11 +140,9 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
         facts: dict[str, dict[str, Any]] = {contender: {"missing": reason} for contender, reason in missing.items()}
         for contender, run in found.items():
             out = run(path).float().cpu()
-            if out.shape != expected.shape:
-                raise RuntimeError(f"{contender} on {name}: expected rows {tuple(expected.shape)}, got {tuple(out.shape)}")
-            facts[contender] = {"largest_difference": float((out - expected).abs().max())}
-        if facts[OURS]["largest_difference"] > 1e-5:
-            raise RuntimeError(f"{name}: our rows differ from transformers' by {facts[OURS]['largest_difference']:.1e}")
+            facts[contender] = compare(out, expected)
+            if contender in ALLOWED and not facts[contender].get("largest_difference", float("inf")) <= ALLOWED[contender]:
+                raise RuntimeError(f"{contender}, {name}: other rows than transformers', {facts[contender]}")
 
         def one(run: Rows, path: str = path) -> Callable[[], None]:
             def call() -> None:
@@ -141,7 +152,7 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
 
             return call
 
-        runs = {contender: one(run) for contender, run in found.items()}
+        runs = {contender: one(run) for contender, run in found.items() if "missing" not in facts[contender]}
         seconds = measure(runs, repeats=options.repeats, device="cpu")
         for contender, value in seconds.items():
             facts[contender] |= {"seconds": value, "images_per_second": 1 / value["median"]}

@@ -249,6 +249,30 @@ def patch(result: Result) -> list[str]:
     return table(head, rows)
 
 
+def train(result: Result) -> list[str]:
+    rows, lines = [], []
+    for row in result["rows"]:
+        case = f"{row['patches']} patches, {row['tokens']} tokens, {row['dtype']}"
+        seconds = {name: facts["seconds"] for name, facts in row["contenders"].items() if "seconds" in facts}
+        for name, value in seconds.items():
+            peak = row["contenders"][name].get("peak_bytes")
+            memory = "" if peak is None else f"{peak / 2**30:.2f} GiB"
+            rows.append([case, name, time(value["median"]), times(speedup(seconds, "transformers sdpa", name)), memory])
+        missing = {name: facts["missing"] for name, facts in row["contenders"].items() if "missing" in facts}
+        lines += [line for name, reason in missing.items() for line in ("", f"{name}: {reason}")]
+    return table(["training step", "", "time", "against transformers", "peak above the weights"], rows) + lines
+
+
+def linear(result: Result) -> list[str]:
+    names = list(result["rows"][0]["gflops"])
+    rows = []
+    for row in result["rows"]:
+        shape = " x ".join(map(str, row["shape"]))
+        ratio = times(speedup(row["seconds"], "torch.nn.functional.linear", OURS))
+        rows.append([f"{row['product']}, {shape}", *(f"{row['gflops'][name]:.0f}" for name in names), ratio])
+    return table(["GFLOP/s of a float32 product", *names, "ratio"], rows)
+
+
 def host(result: Result) -> list[str]:
     names = ("transformers", "patched", "Qwen2VL")
     cells = lambda found: [str(found.get(name, "")) for name in names]  # noqa: E731
@@ -268,6 +292,8 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "stories": stories,
     "static_model": static_model,
     "patch": patch,
+    "train": train,
+    "linear": linear,
     "host": host,
 }
 

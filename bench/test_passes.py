@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.passes import SUBJECTS, Case, device
+from bench.passes import SUBJECTS, Case, device, judge
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,7 +30,9 @@ def case_of(subject: str, name: str, tokens: int) -> Case:
 
 def test_pass(benchmark: Any, subject: str, name: str, tokens: int, contender: str) -> None:
     benchmark.group = f"{name}, {tokens} tokens"
-    run = case_of(subject, name, tokens).contenders[contender]
+    case = case_of(subject, name, tokens)
+    run = case.contenders[contender]
+    judge(case, contender, run())
 
     def synchronised() -> None:
         run()

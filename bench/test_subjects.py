@@ -46,4 +46,6 @@ def test_preprocess(benchmark: Any, contender: str, tmp_path: Any) -> None:
     if contender in missing:
         pytest.skip(f"{contender}: {missing[contender]}")
     path = preprocess.pictures(tmp_path)["photo 1280 x 720"]
+    facts = preprocess.compare(found[contender](path), found[preprocess.PIL](path))
+    assert "missing" not in facts, facts
     timed(benchmark, lambda: found[contender](path))

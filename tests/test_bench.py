@@ -348,6 +348,13 @@ def results() -> dict[str, dict]:
             "qwen2vl_fast": {"seconds": seconds(0.01), "images_per_second": 101.5},
             "transformers PIL": {"seconds": seconds(0.02), "images_per_second": 50.5},
             "qwen-vl-utils": {"missing": "No module named 'qwen_vl_utils'"}}}],
+        "train_cuda": [{"patches": 5184, "tokens": 3344, "dtype": "bfloat16", "contenders": {
+            "transformers sdpa": {"seconds": seconds(0.333), "peak_bytes": 7 << 30},
+            "qwen2vl_fast": {"seconds": seconds(0.2), "peak_bytes": 5 << 30},
+            "transformers flash-attn": {"missing": "not installed; pip install flash-attn"}}}],
+        "linear_cpu": [{"product": "fc1", "shape": [2048, 1280, 5120],
+                        "seconds": {"torch.nn.functional.linear": seconds(0.4), "qwen2vl_fast": seconds(0.25)},
+                        "gflops": {"torch.nn.functional.linear": 67.1, "qwen2vl_fast": 107.4}}],
     }  # fmt: skip
     return {
         name: {"environment": environment(), "command": f"qwen2vl-fast bench {name}", "ceilings": ceilings, "rows": value}
@@ -384,6 +391,9 @@ def test_every_kind_of_result_has_its_table(made_up):
         "129.0 us",
         "1.26x",
         "3.00x",
+        "| 5184 patches, 3344 tokens, bfloat16 | qwen2vl_fast | 200 ms | 1.67x | 5.00 GiB |",
+        "transformers flash-attn: not installed",
+        "| fc1, 2048 x 1280 x 5120 | 67 | 107 | 1.60x |",
     ):
         assert figure in text, figure
     assert "sources 0123456789ab" in text and "matrix product 8192^3 bfloat16 800 TFLOP/s" in text

@@ -202,6 +202,32 @@ def test_preprocess(tmp_path, monkeypatch):
     assert set(row["contenders"]) == {preprocess.OURS, preprocess.OURS_CUDA, preprocess.VISION}
 
 
+def test_rows_of_something_else_are_not_timed(tmp_path, monkeypatch, capsys):
+    """A peer's are a row that says so; ours are an error, by whatever they differ."""
+    monkeypatch.setattr(preprocess, "SIZES", {"thumbnail": ("photo.jpg", 112, 112)})
+    contenders = preprocess.contenders(False)[0]
+    upside_down = lambda path: contenders[preprocess.PIL](path).flip(0)  # noqa: E731
+    cut = lambda path: contenders[preprocess.PIL](path)[1:]  # noqa: E731
+    others = {preprocess.VISION: upside_down, preprocess.UTILS: cut}
+    monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | others, {}))
+    preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
+    (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
+    assert "grey levels off" in row["contenders"][preprocess.VISION]["missing"]
+    assert "(63, 1176) instead of (64, 1176)" in row["contenders"][preprocess.UTILS]["missing"]
+    monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | {preprocess.OURS: upside_down}, {}))
+    with pytest.raises(RuntimeError, match="other rows than transformers'"):
+        preprocess.main(["--repeats", "1"])
+
+
+def test_a_pass_that_computes_something_else_is_not_timed():
+    x = torch.ones(4, 2)
+    case = passes.Case("x", 4, 1, {}, lambda rows: (x[rows].double(),))
+    assert passes.judge(case, "right", x) == 0
+    for wrong in (x * 1.001, x * float("nan")):
+        with pytest.raises(RuntimeError, match="x, 4 tokens, wrong: relative error"):
+            passes.judge(case, "wrong", wrong)
+
+
 def test_products_and_the_host_without_peers(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "TOKENS", 8)
     monkeypatch.setattr(host, "op_calls", dict)
