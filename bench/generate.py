@@ -10,12 +10,13 @@ and every sequence's keys and values.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from bench.timing import ceilings, chosen, keep, measure, parser, publish, say, taking_part
+from bench.timing import ceilings, chosen, keep, measure, parser, publish, say
 from qwen2vl_fast import Qwen2VL
 
 # hidden, layers, heads, key-value heads, MLP, tied head
@@ -69,39 +70,43 @@ def bytes_a_token(model: Qwen2VL, batch: int, context: float) -> int:
     return int((weights + cache) * size)
 
 
+def contenders(theirs: Any, ours: Qwen2VL, batch: int, context: int) -> tuple[dict[str, Callable[[int], Any]], float]:
+    """{contender: a call that decodes so many tokens greedily}, and the relative error of our logits behind the prompt."""
+    ids = torch.randint(1000, 100000, (batch, context), device=ours.device)
+    expected = theirs(input_ids=ids, logits_to_keep=1).logits.float()
+    out = ours(ids, logits_to_keep=1).logits.float()
+    error = float((out - expected).norm() / expected.norm())
+    if not error < (1e-3 if ours.dtype == torch.float32 else 5e-2):
+        raise RuntimeError(f"the models disagree: relative error {error:.1e} of the logits")
+    mask = torch.ones_like(ids)
+
+    def generate(tokens: int, **more: Any) -> torch.Tensor:
+        return theirs.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **more
+        )
+
+    def ours_generate(tokens: int) -> torch.Tensor:
+        return ours.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[], repetition_penalty=1.0)
+
+    compiled = lambda tokens: generate(tokens, cache_implementation="static")  # noqa: E731
+    return {THEIRS: generate, OURS: ours_generate, COMPILED: compiled}, error
+
+
 def race(options: argparse.Namespace, dtype: torch.dtype, device: str, bandwidth: float) -> list[dict[str, Any]]:
     theirs, ours = models(options.size, options.layers, dtype, device)
     rows = []
     for batch in options.batch:
-        ids = torch.randint(1000, 100000, (batch, options.context), device=device)
-        expected = theirs(input_ids=ids, logits_to_keep=1).logits.float()
-        out = ours(ids, logits_to_keep=1).logits.float()
-        error = float((out - expected).norm() / expected.norm())
-        if not error < (1e-3 if dtype == torch.float32 else 5e-2):
-            raise RuntimeError(f"the models disagree: relative error {error:.1e} of the logits")
-        mask = torch.ones_like(ids)
-
-        def generate(tokens: int, ids=ids, mask=mask, **more: Any) -> torch.Tensor:
-            return theirs.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **more
-            )
-
-        def ours_generate(tokens: int, ids=ids) -> torch.Tensor:
-            return ours.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[], repetition_penalty=1.0)
-
-        runs = {THEIRS: generate, OURS: ours_generate}
-        if COMPILED in chosen(options, PEERS):
-            runs[COMPILED] = lambda tokens, run=generate: run(tokens, cache_implementation="static")
-        runs = taking_part(options, runs, PEERS)
+        calls, error = contenders(theirs, ours, batch, options.context)
+        runs = {name: run for name, run in calls.items() if name == OURS or name in chosen(options, PEERS)}
         first = {name: lambda run=run: run(1) for name, run in runs.items()}
         rest = {name: lambda run=run: run(1 + options.tokens) for name, run in runs.items()}
         prefill = measure(first, repeats=options.repeats, device=device, graph=False)
         whole = measure(rest, repeats=options.repeats, device=device, graph=False)
         needed = bytes_a_token(ours, batch, options.context + options.tokens / 2)
-        contenders = {}
+        found = {}
         for name in runs:
             step = (whole[name]["median"] - prefill[name]["median"]) / options.tokens
-            contenders[name] = {
+            found[name] = {
                 "prefill_seconds": prefill[name],
                 "seconds_a_step": step,
                 "tokens_per_second": batch / step,
@@ -117,7 +122,7 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, bandwidth
             "error": error,
             "bytes_a_step": needed,
             "limit_tokens_per_second": batch * bandwidth / needed,
-            "contenders": contenders,
+            "contenders": found,
         })  # fmt: skip
         tell(options, rows[-1])
         keep(name_of(options, device), options, rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,29 +100,37 @@ def relative(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
+def contenders(
+    model: nn.Module, patched: nn.Module, own: nn.Module, inputs: dict[str, Tensor]
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float], bool]:
+    """(calls that give the last token's logits, their relative errors, whether all choose the same token)."""
+    theirs = {**inputs, "use_cache": False, "logits_to_keep": 1}
+    ours = {key: value.cpu() if key == "image_grid_thw" else value for key, value in inputs.items()}
+    runs = {
+        THEIRS: lambda: model(**theirs).logits,
+        "patched": lambda: patched(**theirs).logits,
+        "Qwen2VL": lambda: own(**ours, logits_to_keep=1).logits,
+    }
+    found = {name: run().flatten() for name, run in runs.items()}
+    exact = _exact(model, theirs)
+    errors = {name: relative(x, exact) for name, x in found.items()}
+    if not all(error < ALLOWED[inputs["pixel_values"].dtype] for error in errors.values()):
+        raise RuntimeError(f"{inputs['pixel_values'].shape[0]} patches: relative errors {errors}")
+    return runs, errors, len({int(x.argmax()) for x in found.values()}) == 1
+
+
 def forwards(model: nn.Module, patched: nn.Module, own: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = next(model.parameters()).dtype
     rows = []
     for name in options.cases:
         inputs = batch(CASES[name], TEXT, dtype)
-        theirs = {**inputs, "use_cache": False, "logits_to_keep": 1}
-        ours = {key: value.cpu() if key == "image_grid_thw" else value for key, value in inputs.items()}
-        contenders = {
-            THEIRS: lambda x=theirs: model(**x).logits,
-            "patched": lambda x=theirs: patched(**x).logits,
-            "Qwen2VL": lambda x=ours: own(**x, logits_to_keep=1).logits,
-        }
         with torch.no_grad():
-            found = {key: run().flatten() for key, run in contenders.items()}
-            exact = _exact(model, theirs)
-            errors = {key: relative(x, exact) for key, x in found.items()}
-            if not all(error < ALLOWED[dtype] for error in errors.values()):
-                raise RuntimeError(f"case {name}: relative errors {errors}")
-            runs = taking_part(options, contenders, PEERS)
+            runs, errors, same_token = contenders(model, patched, own, inputs)
+            runs = taking_part(options, runs, PEERS)
             seconds = measure(runs, repeats=options.repeats, device="cuda" if cuda() else "cpu", graph=False)
         row = {
             "case": name, "patches": int(inputs["image_grid_thw"].prod(1).sum()), "tokens": inputs["input_ids"].shape[1],
-            "errors": errors, "same_token": len({int(x.argmax()) for x in found.values()}) == 1, "seconds": seconds,
+            "errors": errors, "same_token": same_token, "seconds": seconds,
             "speedup": speedup(seconds, THEIRS, "patched"),
         }  # fmt: skip
         rows.append(row)
@@ -159,17 +168,17 @@ def training(model: nn.Module, patched: nn.Module, options: argparse.Namespace) 
         loss.backward()
         return loss.detach()
 
-    contenders = {THEIRS: model.train(), "patched": patched.train()}
-    losses = {name: float(step(one)) for name, one in contenders.items()}
+    models = {THEIRS: model.train(), "patched": patched.train()}
+    losses = {name: float(step(one)) for name, one in models.items()}
     peaks = {}
-    for name, one in contenders.items() if cuda() else ():
+    for name, one in models.items() if cuda() else ():
         one.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(one)
         peaks[name] = torch.cuda.max_memory_allocated() - before
-    runs = {name: (lambda one=one: step(one)) for name, one in contenders.items()}
+    runs = {name: (lambda one=one: step(one)) for name, one in models.items()}
     runs = taking_part(options, runs, PEERS)
     seconds = measure(runs, repeats=options.repeats, device="cuda" if cuda() else "cpu", graph=False)
     model.zero_grad(set_to_none=True)

@@ -86,6 +86,22 @@ def judge(name: str, out: torch.Tensor, expected: torch.Tensor) -> float:
     return error
 
 
+def contenders(
+    theirs: torch.nn.Module, ours: VisionTower, case: str, dtype: torch.dtype, device: str, compiled: Any = None
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, float]]:
+    """Calls of every tower on the images of a case, and their relative errors: each is judged by transformers' features."""
+    grid = torch.tensor(CASES[case])
+    pixels = torch.randn(int(grid.prod(1).sum()), 1176, device=device, dtype=dtype)
+    device_grid = grid.to(device)
+    runs = {THEIRS: lambda: theirs(pixels, device_grid).pooler_output, OURS: lambda: ours(pixels, grid)}
+    if device != "cpu":
+        runs[GRAPH] = in_a_graph(ours, pixels, grid)
+    if compiled is not None:
+        runs[COMPILED] = lambda: compiled(pixels, device_grid).pooler_output
+    expected = runs[THEIRS]()
+    return runs, {name: judge(f"case {case}, {name}", run(), expected) for name, run in runs.items()}
+
+
 def parts(tower: VisionTower, grid: torch.Tensor, dtype: torch.dtype, device: str, repeats: int) -> dict[str, dict[str, float]]:
     """{part: seconds in the whole tower, and the floating-point operations and bytes that it can't do without}."""
     tokens, depth = int(grid.prod(1).sum()), len(tower.blocks)
@@ -128,26 +144,13 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: 
     compiled = torch.compile(theirs, dynamic=True) if COMPILED in chosen(options, PEERS) else None
     rows = []
     for case in options.cases:
-        grids = CASES[case]
-        grid = torch.tensor(grids)
-        pixels = torch.randn(int(grid.prod(1).sum()), 1176, device=device, dtype=dtype)
-        device_grid = grid.to(device)
-        runs = {
-            THEIRS: lambda p=pixels, g=device_grid: theirs(p, g).pooler_output,
-            OURS: lambda p=pixels, g=grid: ours(p, g),
-        }
-        if device != "cpu":
-            runs[GRAPH] = in_a_graph(ours, pixels, grid)
-        if compiled is not None:
-            runs[COMPILED] = lambda p=pixels, g=device_grid: compiled(p, g).pooler_output
-        expected = runs[THEIRS]()
-        errors = {name: judge(f"case {case}, {name}", run(), expected) for name, run in runs.items()}
+        runs, errors = contenders(theirs, ours, case, dtype, device, compiled)
         runs = taking_part(options, runs, PEERS)
         seconds = measure(runs, repeats=options.repeats, device=device, graph=False)
         best = min(seconds[name]["median"] for name in (OURS, GRAPH) if name in seconds)
         row = {
             "case": case,
-            "grids": grids,
+            "grids": CASES[case],
             "dtype": str(dtype).removeprefix("torch."),
             "depth": options.depth,
             "errors": errors,
@@ -155,7 +158,7 @@ def race(options: argparse.Namespace, dtype: torch.dtype, device: str, ceiling: 
             "speedup": speedup(seconds, THEIRS, OURS),
         }
         if device != "cpu":
-            row["parts"] = parts(ours, grid, dtype, device, options.repeats)
+            row["parts"] = parts(ours, torch.tensor(CASES[case]), dtype, device, options.repeats)
             floor = sum(
                 max(part["flop"] / ceiling["matmul_flops"], part["bytes"] / ceiling["copy_bytes_per_s"])
                 for part in row["parts"].values()

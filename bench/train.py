@@ -81,9 +81,10 @@ def peak(run: Callable[[], Any], model: nn.Module) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def race(model: nn.Module, grids: list[tuple[int, int]], text: int, wanted: list[str], repeats: int) -> dict[str, Any]:
-    dtype = next(model.parameters()).dtype
-    inputs = batch(grids, text, dtype)
+def judged(
+    model: nn.Module, inputs: dict[str, Tensor], wanted: list[str]
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, dict[str, Any]]]:
+    """The contenders' steps, and what is known of each: why it takes no part, or its loss and the errors of its gradients."""
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     models, missing = contenders(model, wanted)
     runs = steps(models, inputs, labels)
@@ -95,13 +96,19 @@ def race(model: nn.Module, grids: list[tuple[int, int]], text: int, wanted: list
         exact = exact or (loss, found)  # of transformers, which judges even where it is not timed
         errors = [relative(x, y) for x, y in zip(found, exact[1], strict=True)]
         # Two roundings of their own apart: in bfloat16 each of the two differs from the truth.
-        if not max(abs(loss / exact[0] - 1), *errors) < 4 * ALLOWED[dtype]:
+        if not max(abs(loss / exact[0] - 1), *errors) < 4 * ALLOWED[inputs["pixel_values"].dtype]:
             raise RuntimeError(f"{name}: loss {loss} against {exact[0]}, relative errors of the gradients {errors}")
         facts[name] = {"loss": loss, "gradient_errors": errors}
         if cuda():
             facts[name]["peak_bytes"] = peak(run, models[name])
     if THEIRS not in wanted:
         del runs[THEIRS], facts[THEIRS]
+    return runs, facts
+
+
+def race(model: nn.Module, grids: list[tuple[int, int]], text: int, wanted: list[str], repeats: int) -> dict[str, Any]:
+    inputs = batch(grids, text, next(model.parameters()).dtype)
+    runs, facts = judged(model, inputs, wanted)
     seconds = measure(runs, repeats=repeats, device="cuda" if cuda() else "cpu", graph=False)
     for name, value in seconds.items():
         facts[name]["seconds"] = value
@@ -110,7 +117,7 @@ def race(model: nn.Module, grids: list[tuple[int, int]], text: int, wanted: list
         "case": "training step",
         "patches": inputs["pixel_values"].shape[0],
         "tokens": inputs["input_ids"].shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(inputs["pixel_values"].dtype).removeprefix("torch."),
         "contenders": facts,
     }
 
