@@ -43,6 +43,10 @@ def cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def name_of() -> str:
+    return f"patch_{'cuda' if cuda() else 'cpu'}"
+
+
 def build(depth: int | None) -> nn.Module:
     """The 2B model; depth: layers of each tower on a CPU, where the vocabulary is small too."""
     text = {
@@ -119,7 +123,9 @@ def contenders(
     return runs, errors, len({int(x.argmax()) for x in found.values()}) == 1
 
 
-def forwards(model: nn.Module, patched: nn.Module, own: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+def forwards(
+    model: nn.Module, patched: nn.Module, own: nn.Module, report: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     dtype = next(model.parameters()).dtype
     rows = []
     for name in options.cases:
@@ -137,6 +143,7 @@ def forwards(model: nn.Module, patched: nn.Module, own: nn.Module, options: argp
         found = ", ".join(f"{key} {value['median'] * 1e3:.1f} ms (error {errors[key]:.1e})" for key, value in seconds.items())
         say(options, f"({name}) {row['patches']} patches, {row['tokens']} tokens: {found}, {times(row['speedup'])}, "
                      f"tokens equal: {row['same_token']}")  # fmt: skip
+        keep(name_of(), options, rows, report=report.rows())
     return rows
 
 
@@ -205,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     patched = twin(model)
     report = qwen2vl_fast.patch(patched)
     own = qwen2vl_fast.Qwen2VL.from_transformers(model)
-    rows = forwards(model, patched, own, options)
-    keep(f"patch_{'cuda' if cuda() else 'cpu'}", options, rows, report=report.rows())
+    rows = forwards(model, patched, own, report, options)
     say(options, str(report))
     parts = []
     if options.parts or cuda():
@@ -214,8 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = report.verify({**inputs, "use_cache": False, "logits_to_keep": 1}, repeats=options.repeats)
     if options.train or cuda():
         rows += training(model, patched, options)
-    name = f"patch_{'cuda' if cuda() else 'cpu'}"
-    publish(name, options, rows, ceilings=ceilings(), parts=parts, report=report.rows())
+    publish(name_of(), options, rows, ceilings=ceilings(), parts=parts, report=report.rows())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.timing import ROOT, measure, parser, publish, say, taking_part
+from bench.timing import ROOT, keep, measure, parser, publish, say, taking_part
 from qwen2vl_fast import ops
 from qwen2vl_fast.media import MAX_PIXELS, MIN_PIXELS, load_image, preprocess_images, resized
 from qwen2vl_fast.reference import IMAGE_STD
@@ -118,6 +118,10 @@ def pictures(folder: Path) -> dict[str, str]:
     return paths
 
 
+def name_of() -> str:
+    return f"preprocess_{'cuda' if torch.cuda.is_available() else 'cpu'}"
+
+
 def compare(out: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
     """How far rows are from transformers' own; "missing" if they are other rows. Resizes differ by a level here and there."""
     if out.shape != expected.shape:
@@ -161,6 +165,7 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
         for contender, value in seconds.items():
             against = f"  {seconds[PIL]['median'] / value['median']:.2f}x {PIL}" if PIL in seconds else ""
             say(options, f"  {contender:<36} {1 / value['median']:8.1f} images/s{against}")
+        keep(name_of(), options, rows)
     return rows
 
 
@@ -171,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = race(options, Path(folder))
-    publish(f"preprocess_{'cuda' if torch.cuda.is_available() else 'cpu'}", options, rows)
+    publish(name_of(), options, rows)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,15 @@ def test_patch(tmp_path, narrow):
     assert all("patched" in row["seconds"] and patch.THEIRS not in row["seconds"] and row["speedup"] is None for row in rows)
 
 
+def test_a_patched_model_whose_run_is_cut_short(tmp_path, narrow, monkeypatch):
+    contenders = patch.contenders
+    monkeypatch.setattr(patch, "contenders", lambda *args: contenders(*args) if args[3]["input_ids"].shape[1] < 100 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch.main(["--cases", "a", "b", "--depth", "1", "--repeats", "1", "--save", str(tmp_path)])
+    left = json.loads((tmp_path / "patch_cpu.json").read_text())
+    assert left["partial"] and [row["case"] for row in left["rows"]] == ["a"]
+
+
 def test_train(tmp_path, capsys, narrow):
     train.main(["--depth", "1", "--text", "16", "--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["train_cpu"]["rows"]
