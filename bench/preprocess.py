@@ -30,6 +30,7 @@ SIZES = {  # (source, width, height)
     "page 1240 x 1754": ("page.png", 1240, 1754),
 }
 OURS, PIL, VISION, UTILS = "qwen2vl_fast", "transformers PIL", "transformers torchvision", "qwen-vl-utils + transformers PIL"
+PACKAGES = {VISION: "torchvision", UTILS: "qwen-vl-utils torchvision"}
 OURS_CUDA, VISION_CUDA = "qwen2vl_fast, rows on the GPU", "transformers torchvision, on the GPU"
 PEERS = (PIL, VISION, UTILS, VISION_CUDA)
 LEVEL = 1 / 255 / max(IMAGE_STD)  # a grey level, at least, in normalised rows
@@ -103,6 +104,8 @@ def contenders(cuda: bool) -> tuple[dict[str, Rows], dict[str, str]]:
             found[name] = build()
         except (ImportError, OSError, RuntimeError) as error:
             missing[name] = " ".join(str(error).split())[:160]
+            if name in PACKAGES and isinstance(error, ImportError):
+                missing[name] += f"; pip install {PACKAGES[name]}"
     if not cuda:
         missing |= dict.fromkeys((OURS_CUDA, VISION_CUDA), "needs a CUDA device")
     return found, missing

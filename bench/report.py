@@ -56,10 +56,15 @@ def source(result: Result) -> str:
     text = ", ".join([*parts, env["date"], state])
     if ceiling := result.get("ceilings"):
         text += (
-            f"; same run: copy {ceiling['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['matmul']} "
-            f"{ceiling['matmul_flops'] / 1e12:.{0 if ceiling['matmul_flops'] > 1e13 else 2}f} TFLOP/s"
+            f"; same run: copy {rate(ceiling['copy_bytes_per_s'], 2)}B/s, matrix product {ceiling['matmul']} "
+            f"{rate(ceiling['matmul_flops'], 0)}FLOP/s"
         )
     return text
+
+
+def rate(value: float, digits: int) -> str:
+    """'3.01 T', with these digits; below a tenth of that '12 G'."""
+    return f"{value / 1e12:.{digits}f} T" if value >= 1e11 else f"{value / 1e9:.0f} G"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

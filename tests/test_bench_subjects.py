@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -209,6 +210,14 @@ def test_preprocess(tmp_path, monkeypatch):
     preprocess.main(["--repeats", "1", "--save", str(tmp_path), "--peers", preprocess.VISION])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
     assert set(row["contenders"]) == {preprocess.OURS, preprocess.OURS_CUDA, preprocess.VISION}
+
+
+def test_a_processor_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    for module in ("torchvision", "qwen_vl_utils.vision_process"):
+        monkeypatch.setitem(sys.modules, module, None)
+    missing = preprocess.contenders(False)[1]
+    assert missing[preprocess.VISION].endswith("; pip install torchvision")
+    assert missing[preprocess.UTILS].endswith("; pip install qwen-vl-utils torchvision")
 
 
 def test_rows_of_something_else_are_not_timed(tmp_path, monkeypatch, capsys):
