@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import sums
-from .offsets import blocks_of, offset, wide
+from .offsets import LIMIT, blocks_of, offset, refuse, wide
 from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
@@ -120,9 +120,12 @@ def _swiglu_backward_kernel(
 
 def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.Tensor:
     """QuickGELU or GELU of x [..., F] + bias [F], contiguous."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, bias = _rows(x), None if bias is None else bias.contiguous()
+    given, x = x, _rows(x)
     rows, width = x.shape
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    y = torch.empty_like(given, memory_format=torch.contiguous_format)
+    bias = None if bias is None else bias.contiguous()
     if rows:
         start(
             _activation_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
@@ -136,9 +139,11 @@ def launch_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x and bias."""
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad, x = _rows(grad), _rows(x)
+    given, grad, x = x, _rows(grad), _rows(x)
     rows, width = x.shape
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    grad_x = torch.empty_like(given, memory_format=torch.contiguous_format)
     per_chunk = BLOCK_T * (1 if bias is None else max(4, blocks_of(rows, BLOCK_T * CHUNKS)))
     chunks = blocks_of(rows, per_chunk)
     grad_bias = partial = None
@@ -160,21 +165,25 @@ def launch_backward(
 
 def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """[..., 2F] -> [..., F], contiguous."""
-    width = gate_up.shape[-1] // 2
-    y = gate_up.new_empty((*gate_up.shape[:-1], width))
     x = _rows(gate_up)
-    if x.shape[0]:
-        blocks = _blocks(blocks_of(x.shape[0], BLOCK_T), width)
-        start(_swiglu_kernel, blocks, (x, y), (x.shape[0],), (x.stride(0),), {"F": width, **_meta()}, NUM_WARPS)
+    rows, width = x.shape[0], x.shape[1] // 2
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    y = gate_up.new_empty((*gate_up.shape[:-1], width))
+    if rows:
+        blocks = _blocks(blocks_of(rows, BLOCK_T), width)
+        start(_swiglu_kernel, blocks, (x, y), (rows,), (x.stride(0),), {"F": width, **_meta()}, NUM_WARPS)
     return y
 
 
 def launch_swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """Gradient of gate_up."""
-    grad_x = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grad, x = _rows(grad), _rows(gate_up)
-    if x.shape[0]:
-        rows, width = grad.shape
+    rows, width = grad.shape
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    grad_x = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    if rows:
         start(
             _swiglu_backward_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
             (grad, x, grad_x), (rows,), (grad.stride(0), x.stride(0)), {"F": width, **_meta()}, NUM_WARPS,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import blocks_of, offset, wide
+from .offsets import LIMIT, blocks_of, offset, refuse, wide
 from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # as the activations of one tensor
@@ -58,9 +58,11 @@ def _gated_backward_kernel(
 
 def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[..., F] each -> [..., F], contiguous."""
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     a, b = _rows(gate), _rows(up)
     rows, width = a.shape
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if rows:
         start(_gated_kernel, _blocks(rows, width), (a, b, y), (rows,), (a.stride(0), b.stride(0)), _constants(width), NUM_WARPS)
     return y
@@ -68,9 +70,11 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def launch_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of gate and up."""
-    grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     g, a, b = _rows(grad), _rows(gate), _rows(up)
     rows, width = a.shape
+    if rows >= LIMIT or width >= LIMIT:
+        refuse(max(rows, width))
+    grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     if rows:
         start(
             _gated_backward_kernel, _blocks(rows, width), (g, a, b, grad_gate, grad_up), (rows,),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import sums
-from .offsets import blocks_of, offset, power_of_two, wide
+from .offsets import LIMIT, blocks_of, offset, power_of_two, refuse, wide
 from .starting import start
 
 TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and elements a warp: 16 a thread
@@ -124,12 +124,14 @@ def launch(
 
     rows: [T] int64, row t of y comes from row rows[t] of x [T, C].
     """
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(y)
-    x = _rows(x)
-    residual = x if residual is None else _rows(residual)
+    given, x = x, _rows(x)
     count, width = x.shape
+    if count >= LIMIT:
+        refuse(count)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    y = torch.empty_like(given, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(y)
+    residual = x if residual is None else _rows(residual)
     if count:
         block_t, block_c, warps = tile(width, TILE, PER_WARP)
         start(
@@ -159,13 +161,15 @@ def launch_backward(
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of x (what was normalised), weight and bias. grad_total: what reaches x besides, when x was a sum."""
+    given, x = x, _rows(x)
+    count, width = x.shape
+    if count >= LIMIT:
+        refuse(count)
     weight = weight.contiguous()
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_x = torch.empty_like(given, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
     has_total = grad_total is not None
     grad_total = grad_total.contiguous() if has_total else grad
-    x = _rows(x)
-    count, width = x.shape
     block_t, block_c, warps = tile(width, BACKWARD_TILE, BACKWARD_PER_WARP)
     # Each program takes the same number of rows whatever the device, so that sums over them are the same everywhere.
     per_program = block_t * max(ROWS, blocks_of(count, block_t * PROGRAMS))

@@ -19,6 +19,13 @@ def wide(x):
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
 
 
+LIMIT = 1 << 30  # rows, columns and heads are counted in 32 bits, and the last block may reach beyond them
+
+
+def refuse(count: int) -> None:
+    raise ValueError(f"the triton backend takes fewer than 2^30 rows, columns or heads, got {count}; 'torch' takes more")
+
+
 def blocks_of(count: int, block: int) -> int:
     """How many blocks cover count."""
     return -(-count // block)

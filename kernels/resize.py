@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import blocks_of, offset
+from .offsets import LIMIT, blocks_of, offset, refuse
 from .starting import start
 
 BLOCK, NUM_WARPS = 1024, 4
@@ -42,10 +42,14 @@ def launch(x: torch.Tensor, axis: int, start_of: torch.Tensor, weight: torch.Ten
     shape = list(x.shape)
     length, shape[axis] = shape[axis], start_of.shape[0]
     outer, inner = (torch.Size(sizes).numel() for sizes in (shape[:axis], shape[axis + 1 :]))
+    blocks = outer * blocks_of(start_of.shape[0] * inner, BLOCK)
+    largest = max(start_of.shape[0] * max(inner, weight.shape[1]), length, blocks)
+    if largest >= LIMIT:
+        refuse(largest)
     y = x.new_empty(shape)
     if y.numel():
         start(
-            _resize_kernel, outer * blocks_of(start_of.shape[0] * inner, BLOCK), (x, start_of, weight, y),
+            _resize_kernel, blocks, (x, start_of, weight, y),
             (outer, length, start_of.shape[0], inner, weight.shape[1]), (), {"BITS": BITS, "BLOCK": BLOCK}, NUM_WARPS,
         )  # fmt: skip
     return y

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offsets import blocks_of, offset, power_of_two, wide
+from .offsets import LIMIT, blocks_of, offset, power_of_two, refuse, wide
 from .starting import start
 
 VECTOR = 8  # pairs side by side in a thread: one load of 16 bytes in fp16
@@ -164,6 +164,8 @@ def launch(
     batched = q.dim() == 4
     *_, length, heads, dim = q.shape
     tokens = q.shape[0] * length if batched else length
+    if tokens >= LIMIT or heads >= LIMIT:
+        refuse(max(tokens, heads))
     if tokens == 0 or heads + k.shape[-2] == 0:
         return
     strides = tuple([n for x in (q, k, q_out, k_out) for n in (x.stride()[:3] if batched else (0, *x.stride()[:2]))])

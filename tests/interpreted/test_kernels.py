@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from qwen2vl_fast import ops, reference
-from qwen2vl_fast.kernels import rope
-from qwen2vl_fast.kernels.offsets import offset
+from qwen2vl_fast.kernels import activation, norm, patchify, resize, rope
+from qwen2vl_fast.kernels import gated as gated_kernels
+from qwen2vl_fast.kernels.offsets import LIMIT, offset
 from qwen2vl_fast.ops.gated import gated
 from tests.compare import check, check_pair_units, check_units, error, judge, same_bits
 from tests.interpreted.test_gated import check_gated
@@ -29,6 +30,8 @@ from tests.test_ops_every import (
     sweep,
 )
 from tests.test_ops_patchify_merge import SIZES, check_resize
+from tests.test_ops_registration import check_negated, check_trace
+from tests.test_ops_rope import check_places, check_saved_tensors
 
 KINDS = [kind for kind in SAMPLES if kind not in ("varlen_attention", "linear_cross_entropy")]
 MANY = {  # cases of each dtype in the long run, 20 000 in all: more where one is cheap
@@ -253,6 +256,33 @@ def test_offsets_beyond_32_bits(product, device):
     assert out.item() == product
 
 
+@pytest.mark.parametrize("count", [LIMIT, 2**31, 2**33])
+def test_more_rows_than_32_bits_count_are_refused(count, device):
+    """Before anything is allocated or started; a kernel counts rows in int32, and its last block reaches beyond them."""
+    x = torch.ones(1, 2, device=device).expand(count, 2)
+    heads, row = x.unsqueeze(1), torch.ones(2, device=device)
+    ids, frequency = torch.zeros(3, 1, dtype=torch.int64, device=device).expand(3, count), row[:1]
+    taps = [torch.zeros(count // 2, *taps, dtype=torch.int32, device="meta") for taps in ((), (4,))]
+    pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)
+    for call in (
+        lambda: rope.launch(heads, heads, heads, heads, ids, frequency, (1, 0, 0), 1.0, 1.0),
+        lambda: rope.launch(*[heads[None]] * 4, ids[:, None], frequency, (1, 0, 0), 1.0, 1.0),
+        lambda: norm.launch(x, row, None, 1e-6, residual=x),
+        lambda: norm.launch_backward(x, x, row, row, 1e-6),
+        lambda: activation.launch(x, row, True),
+        lambda: activation.launch(torch.empty(2, count, device="meta"), None, False),
+        lambda: activation.launch_backward(x, x, row, True),
+        lambda: activation.launch_swiglu(x),
+        lambda: activation.launch_swiglu_backward(x[:, :1], x),
+        lambda: gated_kernels.launch(x, x),
+        lambda: gated_kernels.launch_backward(x, x, x),
+        lambda: patchify.launch(pixels.expand(2 * count, 28, 28, 3), torch.float16, (1.0,) * 3, (0.0,) * 3),
+        lambda: resize.launch(pixels.expand(1, 1, 2, 3), 1, *taps),
+    ):
+        with pytest.raises(ValueError, match=r"fewer than 2\^30 rows"):
+            call()
+
+
 def test_a_row_beyond_32_bits(device):
     """Strides whose product with the token wraps in int32; the memory is reserved, not used."""
     tokens, stride = 3, 2**30 + 2**20  # token 2 starts beyond 2^31 elements
@@ -306,12 +336,28 @@ def test_compiles_without_breaks(name):
     assert all(map(same_bits, *results))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "merge from raster order", "gelu", "swiglu", "gated"])
+@pytest.mark.parametrize("op", ["mrope_", "vision_rope_"])
+def test_in_place_is_seen_by_autograd_and_owns_its_memory(op, device):
+    check_saved_tensors(op, "triton", device)
+    check_places(op, "triton", device)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_views_with_the_negative_bit(name):
+    check_negated(OPS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "merge from raster order"])  # whose grid fixes the length
+def test_trace(name):
+    check_trace(OPS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if "rope" not in name])
 def test_second_derivatives_are_refused(name):
     """Not zero, which is what torch makes of an op without a derivative. The rotations have theirs."""
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (grad,) = torch.autograd.grad(OPS[name](x).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no derivative"):
+    with pytest.raises(RuntimeError, match="has no second derivative on this backend; .* have one"):
         grad.sum().backward()
 
 
