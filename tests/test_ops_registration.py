@@ -180,6 +180,47 @@ def test_who_has_to_see_an_op_sees_it():
     assert torch.equal(torch.func.vmap(run)(x[None])[0], run())
 
 
+def test_a_mode_of_functions_sees_an_op():
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Watching():
+        ops.rms_norm(randn(4, 8), randn(8), eps=1e-6)
+    assert any("qwen2vl_fast.rms_norm" in name for name in seen)
+
+
+def check_negated(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A tensor whose memory holds the opposite of its values, as the imaginary part of a conjugate: the bits of a plain one."""
+    x = randn(8, 16)
+    negated = torch._neg_view(-x)
+    assert negated.is_neg() and same_bits(function(negated), function(x))
+    results = []
+    for value in (x, negated):
+        leaf = value.detach().requires_grad_()
+        results.append(torch.autograd.grad(function(leaf).square().sum(), leaf)[0])
+    assert leaf.is_neg() and same_bits(*results)
+
+
+def check_trace(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """torch.jit.trace records the op and not what one call did: another length has its own result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shapes that are checked stay as they were
+        traced = torch.jit.trace(function, (randn(8, 16),))
+    assert "qwen2vl_fast::" in str(traced.graph)
+    other = randn(8, 16, seed=1)
+    assert same_bits(traced(other), function(other))
+
+
+@pytest.mark.parametrize("check", [check_negated, check_trace])
+def test_what_steps_through_the_dispatcher(check):
+    check(lambda x: ops.swiglu(ops.rms_norm(x, torch.ones(16), eps=1e-6)))
+    check(lambda x: ops.vision_rope(x.view(-1, 2, 8), x.view(-1, 2, 8), torch.ones(2, 8, dtype=torch.int64))[0])
+    check(lambda x: ops.varlen_attention(*[x.view(-1, 2, 8)] * 3, torch.tensor([0, 3, 8], dtype=torch.int32)))
+
+
 def test_a_plain_call_goes_past_the_dispatcher(monkeypatch):
     def refuse(self, *args, **kwargs):
         raise AssertionError(f"{self} went through the dispatcher")

@@ -102,7 +102,7 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, schedule) -> None:
         )
     if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: expected {q.shape[0]} tokens like q, got {k.shape[0]}; pass cu_seqlens_k for other key lengths")
-    if not isinstance(schedule, AttentionSchedule) or schedule.cu_seqlens is not cu_seqlens:  # else they were checked then
+    if type(schedule) is not AttentionSchedule or schedule.cu_seqlens is not cu_seqlens:  # else they were checked then
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
     checks.same_device("cu_seqlens", cu_seqlens, "q", q)
     if cu_seqlens_k is not None:

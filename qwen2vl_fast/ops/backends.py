@@ -11,7 +11,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
+
+from .checks import TENSORS
 
 BACKENDS = ("cuda", "flash", "triton", "torch")  # fastest first
 OPS = (
@@ -59,18 +61,18 @@ def define(
     tensors = tuple(i for i, argument in enumerate(registered._schema.arguments) if "Tensor" in str(argument.type))
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return registered(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, [args[i] for i in tensors])
-        if _modes() or _transforms() or _profiler():
+        if _modes() or _function_modes() or _transforms() or _tracing() or profiler._is_profiler_enabled:
             return registered(*args)
         differentiable = False
         for i in tensors:
             x = args[i]
             if x is None:
                 continue
-            if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+            if type(x) not in TENSORS or x.is_neg():  # the dispatcher negates what is a view with that bit
                 return registered(*args)
             differentiable = differentiable or x.requires_grad
         return function(*args) if differentiable and torch.is_grad_enabled() else implementation(*args)
@@ -84,16 +86,17 @@ def _refuse_tangents(name: str, tensors: list[torch.Tensor | None]) -> None:
         raise RuntimeError(f"{name} has no forward-mode derivative; the functions of qwen2vl_fast.reference have theirs")
 
 
-# Who has to see a call of an op: modes (fake tensors, tracing, checkpoints), transforms, a profiler.
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-_profiler = torch._C._autograd._profiler_enabled
+# Who has to see a call of an op besides a profiler: modes (fake tensors, checkpoints, of functions), transforms, a trace.
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._is_torch_function_mode_enabled
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     """The backward of an op that is itself a gradient. Without one, torch takes a second derivative to be zero."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f"{name} has no derivative; the functions of qwen2vl_fast.reference have second ones")
+        op = name.removesuffix("_backward")
+        raise RuntimeError(f"{op} has no second derivative on this backend; the functions of qwen2vl_fast.reference have one")
 
     return backward
 

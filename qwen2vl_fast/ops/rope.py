@@ -57,7 +57,10 @@ def mrope_as_given(q, k, position_ids, inv_freq, sections, attention_scaling, ba
 
 
 def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
-    """`mrope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
+    """`mrope` in place; returns None.
+
+    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where elements of q and k share memory.
+    """
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
     name = choose("mrope_", backend, q.device)
     _refuse_grad("mrope_", q, k)
@@ -94,7 +97,10 @@ def vision_rope(
 
 
 def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
-    """`vision_rope` in place; returns None. Raises RuntimeError when grad is enabled and q or k requires it."""
+    """`vision_rope` in place; returns None.
+
+    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where elements of q and k share memory.
+    """
     table = _check_vision(q, k, position_ids, theta, inv_freq)
     name = choose("vision_rope_", backend, q.device)
     _refuse_grad("vision_rope_", q, k)
@@ -103,12 +109,13 @@ def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
 
 def _fit(q: Any, k: Any, position_ids: Any, ranks: tuple[int, ...], divisor: int, axes: int) -> bool:
     """Whether the three pass `_check_heads` and `_check_positions`, values aside: at one look, as `checks.fit`."""
-    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(position_ids, torch.Tensor)):
-        return False
+    for x in (q, k, position_ids):
+        if type(x) not in checks.TENSORS and not isinstance(x, torch.Tensor):
+            return False
     dtype, device, shape, shape_k = q.dtype, q.device, q.shape, k.shape
     if dtype not in checks.FLOATS or k.dtype != dtype or k.device != device or position_ids.device != device:
         return False
-    if len(shape) not in ranks or len(shape_k) != len(shape) or shape_k[:-2] != shape[:-2] or shape_k[-1] != shape[-1]:
+    if q.ndim not in ranks or k.ndim != q.ndim or shape_k[:-2] != shape[:-2] or shape_k[-1] != shape[-1]:
         return False
     if shape[-1] == 0 or shape[-1] % divisor or not q.stride(-1) == k.stride(-1) == 1:
         return False
@@ -190,9 +197,18 @@ def _check_vision(q, k, position_ids, theta, inv_freq) -> torch.Tensor:
     return _check_table(inv_freq, q.shape[-1] // 4, q.shape[-1] // 2, theta, q.device)
 
 
-def _refuse_grad(name: str, *tensors: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def _refuse_grad(name: str, q: torch.Tensor, k: torch.Tensor) -> None:
+    if (q.requires_grad or k.requires_grad) and torch.is_grad_enabled():
         raise RuntimeError(f"{name} works in place and has no gradient; use {name[:-1]}, or torch.no_grad()")
+
+
+def _check_places(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raises ValueError where two elements that will be written share a place in memory."""
+    if checks.share_places(q, k):
+        raise ValueError(
+            f"q, k: written in place, so that every element needs a place of its own, got strides {q.stride()} and {k.stride()}"
+            f" of shapes {list(q.shape)} and {list(k.shape)}; use .contiguous(), or what returns new tensors"
+        )
 
 
 def _rotate_into(out: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> None:
@@ -237,6 +253,7 @@ def _launched(q, k, position_ids, inv_freq, sections, scaling, sign):
 
 def _launched_inplace(q, k, position_ids, inv_freq, sections, scaling, sign=1.0):
     _kernels().launch(q, k, q, k, position_ids, _table(q, position_ids, inv_freq, sections), sections, scaling, sign)
+    torch._C._increment_version((q, k))  # for autograd, which saved tensors that were written since must not pass
 
 
 def _table(q, position_ids, inv_freq, sections):
@@ -256,6 +273,7 @@ def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign, backend="
 
 
 def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling, backend="torch"):
+    _check_places(q, k)
     if backend == "triton":
         return _launched_inplace(q, k, position_ids, inv_freq, sections, scaling)
     angles = mrope_angles(position_ids, inv_freq, sections)
@@ -281,6 +299,7 @@ def rotate(q, k, position_ids, inv_freq, sign, backend) -> None:
 
 
 def _vision_rope_inplace_impl(q, k, position_ids, inv_freq, backend="torch"):
+    _check_places(q, k)
     rotate(q, k, position_ids, inv_freq, 1.0, backend)
 
 
