@@ -143,13 +143,15 @@ def gradients(hf: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tuple
     return loss.detach().double(), found
 
 
-def check_case(seed: int, casts: str, *, train: bool = True, device: str = "cpu") -> None:
+def check_case(
+    seed: int, casts: str, *, train: bool = True, device: str = "cpu", config: dict[str, Any] | None = None
+) -> None:
     """One random model and batch: logits, hidden states, loss and gradients of the patched model are the unpatched one's.
 
     casts: "lifted" inside `lift_casts`. As released, the float32 casts are all that a cancelling gradient can be held to, so
     gradients are compared with the casts lifted alone.
     """
-    config = tiny(seed)
+    config = config or tiny(seed)
     merge = config["vision_config"]["spatial_merge_size"]
     hf = model_of(config, seed).to(device)
     draw = random.Random(seed)

@@ -64,6 +64,20 @@ def test_random_models_at_length(monkeypatch, block):
         patching.check_case(seed, "lifted")
 
 
+def test_head_dim_8_sections_2_1_1_and_merge_size_1(monkeypatch):
+    """The smallest that the classes accept: no kernel has these widths, and every patch is a visual token."""
+    config = models.released_config(
+        vision={"embed_dim": 16, "num_heads": 2, "hidden_size": 32, "spatial_merge_size": 1},
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]},
+    )  # fmt: skip
+    for seed in range(3):
+        patching.check_case(seed, "released", train=False, config=config)
+    patching.lift_casts(monkeypatch)
+    for seed in range(3):
+        patching.check_case(seed, "lifted", config=config)
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_real_head_dims(config, padding):
