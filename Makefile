@@ -3,8 +3,8 @@
 #
 #   make demo                 the embedded model on the pictures of the repository; MODEL=path-or-repo-id: a released one
 #   make test                 lint aside, what a change must pass
-#   make test-full            besides: long builds and runs, the oldest transformers, video preprocessing's judge
-#   make test-deepspeed       patch under DeepSpeed's ZeRO, two processes on the CPU
+#   make test-full            besides: long builds and runs, the oldest transformers, video preprocessing's judge, DeepSpeed
+#   make test-deepspeed       the part of test-full with an environment of DeepSpeed: patch under ZeRO, two processes on the CPU
 #   make lint                 ruff
 #   make bench                timings on this machine
 #   make gpu                  the tests that need a CUDA device, and the timings on it
@@ -43,12 +43,12 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest -m '$(NOT_IN_TEST)' --durations=15 $(PYTEST_ARGS)
 
-test-full: $(READY) .venv-oldest/ready.stamp .venv-video/ready.stamp
+test-full: $(READY) .venv-oldest/ready.stamp .venv-video/ready.stamp .venv-deepspeed/ready.stamp
 	$(PY) -m pytest -m 'full and not gpu and not peer_video and not deepspeed' $(PYTEST_ARGS)
 	.venv-video/bin/python -m pytest -m 'peer_video and not gpu' $(PYTEST_ARGS)
+	.venv-deepspeed/bin/python -m pytest -m deepspeed tests/test_patch_training.py $(PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest -m '$(NOT_IN_TEST)' $(PYTEST_ARGS)
 
-# By itself, since it has not passed yet as a whole (docs/LOG.md).
 test-deepspeed: .venv-deepspeed/ready.stamp
 	.venv-deepspeed/bin/python -m pytest -m deepspeed tests/test_patch_training.py $(PYTEST_ARGS)
 
