@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,56 +79,6 @@ def number(name: str, x: float) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
     return x
-
-
-def share_places(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two elements of x, of y, or one of each lie at one place; also True where strides are too wild to tell.
-
-    Strides are tame if each dim steps over all that the dims of smaller strides reach, as those of views do.
-    """
-    layout = x.shape, x.stride(), y.shape, y.stride()
-    ends = _ends(*layout)
-    if ends is None:
-        return True
-    apart = y.data_ptr() - x.data_ptr()
-    size = x.itemsize
-    return -ends[1] * size < apart < ends[0] * size and _meet(apart, size, *layout)
-
-
-@functools.lru_cache(1024)
-def _ends(shape_x, strides_x, shape_y, strides_y) -> tuple[int, int] | None:
-    """How many elements' places x and y reach over, or None where one has places of several elements."""
-    ends = []
-    for shape, strides in ((shape_x, strides_x), (shape_y, strides_y)):
-        end = 0 if 0 in shape else 1
-        for stride, size in sorted(zip(strides, shape, strict=True)) if end else ():
-            if size > 1 and stride < end:
-                return None
-            end += stride * (size - 1)
-        ends.append(end)
-    return ends[0], ends[1]
-
-
-@functools.lru_cache(1024)
-def _meet(apart: int, size: int, shape_x, strides_x, shape_y, strides_y) -> bool:
-    """Whether an element of y is one of x. With the same strides: if y's start is a whole number of steps of each dim away."""
-    steps = []
-    for m, s, n, t in zip(shape_x, strides_x, shape_y, strides_y, strict=True):
-        if m > 1 and n > 1 and s != t:
-            return True
-        if m > 1 or n > 1:
-            steps.append((s if m > 1 else t, 1 - n, m - 1))
-    return apart % size != 0 or _reachable(apart // size, sorted(steps, reverse=True))
-
-
-def _reachable(distance: int, steps: list[tuple[int, int, int]]) -> bool:
-    """Whether distance is a sum of stride * n over the (stride, low, high) in steps, low <= n <= high."""
-    if not steps:
-        return distance == 0
-    (stride, low, high), *rest = steps
-    least, most = (sum(s * bounds[i] for s, *bounds in rest) for i in range(2))
-    first, last = max(low, -((most - distance) // stride)), min(high, (distance - least) // stride)
-    return any(_reachable(distance - stride * n, rest) for n in range(first, last + 1))
 
 
 def row_blocks(x: torch.Tensor) -> Iterator[slice]:

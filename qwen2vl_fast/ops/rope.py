@@ -59,7 +59,7 @@ def mrope_as_given(q, k, position_ids, inv_freq, sections, attention_scaling, ba
 def mrope_(q, k, position_ids, *, theta=1e6, sections=(16, 24, 24), inv_freq=None, attention_scaling=1.0, backend=None):
     """`mrope` in place; returns None.
 
-    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where elements of q and k share memory.
+    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where q or k is broadcast or both are one.
     """
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
     name = choose("mrope_", backend, q.device)
@@ -99,7 +99,7 @@ def vision_rope(
 def vision_rope_(q, k, position_ids, *, theta=1e4, inv_freq=None, backend=None):
     """`vision_rope` in place; returns None.
 
-    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where elements of q and k share memory.
+    Raises RuntimeError when grad is enabled and q or k requires it, ValueError where q or k is broadcast or both are one.
     """
     table = _check_vision(q, k, position_ids, theta, inv_freq)
     name = choose("vision_rope_", backend, q.device)
@@ -203,12 +203,12 @@ def _refuse_grad(name: str, q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def _check_places(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Raises ValueError where two elements that will be written share a place in memory."""
-    if checks.share_places(q, k):
-        raise ValueError(
-            f"q, k: written in place, so that every element needs a place of its own, got strides {q.stride()} and {k.stride()}"
-            f" of shapes {list(q.shape)} and {list(k.shape)}; use .contiguous(), or what returns new tensors"
-        )
+    """Raises ValueError where elements that will be written share a place: of a broadcast tensor, or of one given twice."""
+    for name, x in (("q", q), ("k", k)):
+        if torch._debug_has_internal_overlap(x) == 1:  # what torch's own functions in place ask
+            raise ValueError(f"{name}: written in place, so that no dim may have stride 0, got {x.stride()}; use .contiguous()")
+    if q.data_ptr() == k.data_ptr() and q.numel() and k.numel():
+        raise ValueError("k: written in place like q, so that it needs memory of its own, got that of q")
 
 
 def _rotate_into(out: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> None:
