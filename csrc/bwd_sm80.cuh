@@ -175,20 +175,42 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
     }
   }
 
-  // dP to dS.
+  // dP to dS; FROM_DELTA: dP - delta to dS.
+  template <bool FROM_DELTA>
   static DEV void slopes(Step& x, const Step& weight, uint32_t stage) {
     const int lane = not_foreseen(thread_index()) % 32;
 #pragma unroll
     for (int n = 0; n < Rows::STEP_TILES; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float delta = load_shared_float(stage + STATISTICS + (STEP + n * 8 + lane % 4 * 2 + e) * 4);
+        const float delta = FROM_DELTA ? 0.0f : load_delta(stage, lane, n, e);
 #pragma unroll
         for (int i = 0; i < M_TILES; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             x[i][n][2 * half + e] = weight[i][n][2 * half + e] * (x[i][n][2 * half + e] - delta);
           }
+        }
+      }
+    }
+  }
+
+  static DEV float load_delta(uint32_t stage, int lane, int n, int e) {
+    return load_shared_float(stage + STATISTICS + (STEP + n * 8 + lane % 4 * 2 + e) * 4);
+  }
+
+  // -delta, to which dP is added.
+  static DEV void begin_slopes(Step& x, uint32_t stage) {
+    const int lane = not_foreseen(thread_index()) % 32;
+#pragma unroll
+    for (int n = 0; n < Rows::STEP_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float delta = load_delta(stage, lane, n, e);
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) x[i][n][2 * half + e] = -delta;
         }
       }
     }
@@ -210,8 +232,9 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   }
 
   // dq_sum += scale dS k for the step's queries. Keys past the block's end have k = 0 and finite dS.
-  static DEV void add_dq(const VarlenAttentionBackward& args, const Tile& tile, int step, uint32_t slope, uint32_t keys) {
+  static DEV void add_dq(const VarlenAttentionBackward& args, int index, int step, uint32_t slope, uint32_t keys) {
     const VarlenAttention& p = args.problem;
+    const Tile tile = args.key_tiles[not_foreseen(index)];
     const int thread = not_foreseen(thread_index()), lane = thread % 32, warp = thread / 32;
     const int row = warp % DQ_ROW_WARPS * 16, pair = warp / DQ_ROW_WARPS * DQ_PAIRS;
     const uint32_t left_address = slope + (lane / 16 * 8 + lane % 8) * SLOPE_ROW + (row + lane / 8 % 2 * 8) * 2;
@@ -281,13 +304,19 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
       if (ADD_DQ || p.causal) mask(weight, args, index, step);
       weights(weight, p.scale * 1.44269504088896341f, stage);
       Rows::accumulate(dv, weight, stage + STEP * ROW);
-      Rows::multiply(slope, values, stage + STEP * ROW);
-      slopes(slope, weight, stage);
+      // With dq beside it the registers suffice if delta needs none after the product; without dq they suffice if it comes then.
+      if constexpr (ADD_DQ) {
+        begin_slopes(slope, stage);
+      } else {
+        Rows::clear(slope);
+      }
+      Rows::multiply_add(slope, values, stage + STEP * ROW);
+      slopes<ADD_DQ>(slope, weight, stage);
       if constexpr (ADD_DQ) share_slopes(slope, memory + SLOPE_OFFSET);
       Rows::accumulate(dk, slope, stage);
       if constexpr (ADD_DQ) {
         barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it
-        add_dq(args, tile, step, memory + SLOPE_OFFSET, keys);
+        add_dq(args, index, step, memory + SLOPE_OFFSET, keys);
       }
     }
     if constexpr (ADD_DQ) barrier();  // all warps are done with the keys, over which dk is written

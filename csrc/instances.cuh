@@ -56,10 +56,10 @@ void select_backward_keys(const VarlenAttentionBackward& args, int key_rows, Sta
     if (key_rows == 64 && add_dq) return start(BackwardKeys<BF16, D, 1, STEP, true>{});
     if (key_rows == 64) return start(BackwardKeys<BF16, D, 1, STEP, false>{});
     if constexpr (D <= 80) {
-      if (key_rows == 128 && !add_dq) return start(BackwardKeys<BF16, D, 2, 32, false>{});
+      if (key_rows == 128 && add_dq) return start(BackwardKeys<BF16, D, 2, 32, true>{});
+      if (key_rows == 128) return start(BackwardKeys<BF16, D, 2, 32, false>{});
     }
-    // With dq beside them 128 rows would spill.
-    throw std::invalid_argument("key_rows: expected 64, or 128 for two passes up to D = 80, got " + std::to_string(key_rows));
+    throw std::invalid_argument("key_rows: expected 64, or 128 up to D = 80, got " + std::to_string(key_rows));
   });
 }
 

@@ -60,10 +60,15 @@ struct RowsSm80 {
 
   // x = a b^T: the warp's rows of the block `a` with the rows of the step `b`, over D.
   static DEV void multiply(Step& x, uint32_t a, uint32_t b) {
+    clear(x);
+    multiply_add(x, a, b);
+  }
+
+  // x += a b^T.
+  static DEV void multiply_add(Step& x, uint32_t a, uint32_t b) {
     const int thread = not_foreseen(thread_index()), lane = thread % 32;
     const uint32_t rows = a + (thread / 32 * M_TILES * 16 + lane % 16) * ROW + lane / 16 * 16;
     const uint32_t columns = b + (lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 16;
-    clear(x);
 #pragma unroll
     for (int k = 0; k < K_STEPS; ++k) {
       Fragment left[M_TILES];

@@ -183,9 +183,9 @@ class AttentionSchedule:
     query_tiles: torch.Tensor | None = None
 
 
-def backward_keys(head_dim: int, deterministic: bool) -> int:
-    """Rows of the backward's blocks of keys. Without a share of dq to compute, registers hold 128 rows up to head dim 80."""
-    return 128 if deterministic and head_dim <= 80 else 64
+def backward_keys(head_dim: int) -> int:
+    """Rows of the backward's blocks of keys: what registers hold."""
+    return 128 if head_dim <= 80 else 64
 
 
 def backward_queries(head_dim: int) -> int:
@@ -224,7 +224,7 @@ def attention_schedule(
             workers = torch.cuda.get_device_properties(device).multi_processor_count
             lists["tiles"] = dealt_tiles(lists["tiles"], workers)
         if torch.is_grad_enabled() if backward is None else backward:
-            key_rows = backward_keys(head_dim, torch.are_deterministic_algorithms_enabled())
+            key_rows = backward_keys(head_dim)
             lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, key_rows, causal)
             lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_queries(head_dim), causal)
         lists = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items()}

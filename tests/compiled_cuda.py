@@ -20,7 +20,7 @@ from tests.test_package import cuobjdump
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "cuda_registers.json"
 DOCUMENT = ROOT / "docs" / "attention.md"
-START, END = "<!-- machine code -->\n", "<!-- end -->"
+END = "<!-- end -->"
 EXTENSION = ROOT / "qwen2vl_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 # Of a multiprocessor: registers, bytes of shared memory, threads; bytes of it that a resident block costs besides its own.
 LIMITS = {"sm_80": (65536, 164 << 10, 2048, 1024), "sm_90a": (65536, 228 << 10, 2048, 1024)}
@@ -34,6 +34,14 @@ INSTRUCTIONS = {
 CLOCKS = {
     "sm_80": {"tensor": {"mma": 8}, "shared": {"ldmatrix": 16, "copy 16": 16}, "ex2": {"ex2": 8}, "issue": {"loop": 1}},
     "sm_90a": {"tensor": {"mma": 4}, "shared": {"ldmatrix": 16, "copy 16": 16}, "ex2": {"ex2": 8}, "issue": {"loop": 1}},
+}
+# One turn of the main loop of FlashAttention-2's backward for head dims 65 to 96, for each of its eight warps: 64 queries by
+# 128 keys over 96 columns. Read by the same functions from PyTorch 2.12.0 (sm_80, bf16, lengths and head dim not even).
+PEER = {"mma": 240, "ldmatrix": 108, "copy 16": 6, "ex2": 32, "loop": 1034}
+# What takes part in the backward at head dim 80, by its way to dq: each takes 4096 pairs of a query and a key a turn.
+BACKWARD = {
+    "dq added": ("BackwardKeys<bf16, 80, 2, 32, add dq>",),
+    "two passes": ("BackwardKeys<bf16, 80, 2, 32, two passes>", "BackwardQueries<bf16, 80, 2, 32>"),
 }
 WORDS = {"bf16": "true", "fp16": "false", "add dq": "true", "two passes": "false"}  # of a kernel's name, in C++
 FAMILIES = r"(ForwardSm80|BackwardKeys|BackwardQueries|RowSums|RoundDq|BuildTiles)"
@@ -146,10 +154,37 @@ def readable(rows: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def backward_clocks(rows: dict[str, Any], arch: str) -> dict[str, dict[str, int]]:
+    """Clocks for 4096 pairs at head dim 80, by unit, of each way to dq and of FlashAttention-2; all: each kernel's largest."""
+    found = {}
+    for way, names in BACKWARD.items():
+        parts = [clocks(rows["kernels"][name][arch], arch) for name in names]
+        found[way] = {unit: sum(part[unit] for part in parts) for unit in CLOCKS[arch]}
+        found[way]["all"] = sum(max(part.values()) for part in parts)
+    peer = clocks(PEER, arch)  # twice as many warps in a turn of twice as many pairs
+    return found | {"FlashAttention-2": peer | {"all": max(peer.values())}}
+
+
+def predicted(rows: dict[str, Any]) -> str:
+    """The backward beside FlashAttention-2's, as a table."""
+    head = "| | way | tensor | port | exponentials | instructions | all | FlashAttention-2 / this |"
+    lines = [head, f"| --- | --- {'| --: ' * 6}|"]
+    for device, arch in (("A100", "sm_80"), ("H100", "sm_90a")):
+        found = backward_clocks(rows, arch)
+        for way, row in found.items():
+            values = [str(row[unit]) for unit in ("tensor", "shared", "ex2", "issue", "all")]
+            values.append(f"{found['FlashAttention-2']['all'] / row['all']:.2f}")
+            lines.append(f"| {device} | {way} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
 def document(text: str, rows: dict[str, Any]) -> str:
-    """The text of docs/attention.md with the table between its marks."""
-    before, _, rest = text.partition(START)
-    return before + START + readable(rows) + END + rest.partition(END)[2]
+    """The text of docs/attention.md with the tables between their marks."""
+    for name, write in (("machine code", readable), ("backward", predicted)):
+        start = f"<!-- {name} -->\n"
+        before, _, rest = text.partition(start)
+        text = before + start + write(rows) + END + rest.partition(END)[2]
+    return text
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The sm_80 attention once, forward and backward with dq added, on small ragged segments: a program for compute-sanitizer.
+// The sm_80 attention once, forward and backward in blocks of 64 and 128 rows, on small ragged segments: a program for compute-sanitizer.
 #include <cstdio>
 #include <vector>
 
@@ -32,13 +32,13 @@ void start(const char* name, const Args& args, int blocks) {
   check(cudaDeviceSynchronize(), name);
 }
 
-Tile* tiles(const int* bounds, int segments, int tokens, int heads, bool by_keys, int& count) {
+const Tile* tiles(const int* bounds, int segments, int tokens, int heads, int rows, bool by_keys, int& count) {
   TileList list = {};
   list.bounds = list.bounds_k = bounds;
   list.N = segments;
   list.T = list.Tk = tokens;
   list.heads = heads;
-  list.rows = 64;
+  list.rows = rows;
   list.by_keys = by_keys;
   count = (tokens / list.rows + segments) * heads;
   list.tiles = device_memory<Tile>(count);
@@ -67,8 +67,8 @@ int main() {
   args.grad = inputs[3];
   p.o = device_memory<uint16_t>(ones.size());
   p.lse = device_memory<float>(H * T);
-  p.tiles = tiles(cu, 4, T, H, false, p.tile_count);
-  args.key_tiles = tiles(cu, 4, T, H, true, args.key_tile_count);
+  p.tiles = tiles(cu, 4, T, H, 64, false, p.tile_count);
+  args.key_tiles = tiles(cu, 4, T, H, 64, true, args.key_tile_count);
   p.T = p.Tk = T;
   p.H = p.Hk = H;
   p.D = D;
@@ -90,6 +90,14 @@ int main() {
   start<BackwardKeys<true, D, 1, 64, true>>("keys", args, 3);
   start<RoundDq<true, D>>("round", args, 3);
   start<BackwardQueries<true, D, 1, 64>>("queries", args, 3);
+  p.tiles = tiles(cu, 4, T, H, 128, false, p.tile_count);
+  args.key_tiles = tiles(cu, 4, T, H, 128, true, args.key_tile_count);
+  start<RowSums<true, D>>("row sums", args, 3);
+  start<BackwardKeys<true, D, 2, 32, true>>("keys, 128 rows", args, 3);
+  start<RoundDq<true, D>>("round", args, 3);
+  args.dq_sum = nullptr;
+  start<BackwardKeys<true, D, 2, 32, false>>("keys, two passes", args, 3);
+  start<BackwardQueries<true, D, 2, 32>>("queries, 128 rows", args, 3);
   std::printf("done\n");
   return 0;
 }

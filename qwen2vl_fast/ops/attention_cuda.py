@@ -26,17 +26,17 @@ def attention(q, k, v, bounds, bounds_k, schedule, scale, causal, deterministic)
     """(o, lse) of checked arguments; differentiable. schedule: None, or that of these very boundaries."""
     if not scale > 0:  # the running maximum is that of the scaled scores only if the scale is positive
         q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
-    lists = lists_of(schedule, q, k, causal, deterministic)
+    lists = lists_of(schedule, q, k, causal)
     return _attention(q, k, v, bounds, bounds_k, *lists, scale, causal, deterministic)
 
 
-def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool, deterministic: bool):
+def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool):
     """(tiles, their rows, key_tiles, query_tiles) of the schedule as far as they are those of such a call, else None."""
     if schedule is None or (schedule.heads, schedule.head_dim, schedule.causal) != (*q.shape[1:], causal):
         return None, 0, None, None
     if schedule.tiles is None or schedule.tiles.device != q.device:  # a kernel can't read another device's memory
         return None, 0, None, None
-    own = (schedule.heads_k, schedule.key_rows) == (k.shape[1], backward_keys(q.shape[2], deterministic))
+    own = (schedule.heads_k, schedule.key_rows) == (k.shape[1], backward_keys(q.shape[2]))
     key_tiles = schedule.key_tiles if own else None
     return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles
 
@@ -107,7 +107,7 @@ def backward(grads, grad, q, k, v, o, lse, bounds, bounds_k, key_tiles, query_ti
     workspace = lse.new_empty((2, *lse.shape))
     dq_sum = None if deterministic else lse.new_empty(q.shape)
     lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
-    rows, key_rows = backward_queries(q.shape[2]), backward_keys(q.shape[2], deterministic)
+    rows, key_rows = backward_queries(q.shape[2]), backward_keys(q.shape[2])
     if query_tiles is None:
         query_tiles = _tiles(*lengths, q.shape[1], rows, causal, False)
     if key_tiles is None:

@@ -35,7 +35,7 @@ def vision_attention(qkv, position_ids, inv_freq, schedule):
         q, k = vision_rope(q, k, position_ids, inv_freq=inv_freq)
         return varlen_attention(q, k, v, bounds, schedule=schedule)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    lists = attention_cuda.lists_of(schedule, q, k, False, deterministic)
+    lists = attention_cuda.lists_of(schedule, q, k, False)
     rotation = choose("vision_rope", None, qkv.device)
     return _vision_attention(
         qkv, position_ids, inv_freq, bounds, *lists, q.shape[-1] ** -0.5, deterministic, rotation, backend

@@ -73,8 +73,7 @@ class Attention:
 
     def backward_rows(self, dim: int) -> tuple[int, int]:
         """Of blocks of queries and of keys."""
-        large = self.rows == 128 and dim <= 80
-        return 128 if large else 64, 128 if large and not self.add_dq else 64
+        return (128, 128) if self.rows == 128 and dim <= 80 else (64, 64)
 
     def launch(self, function, *arguments) -> None:
         call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)

@@ -105,15 +105,14 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0
 
 
 def schedule(
-    cu_seqlens: torch.Tensor, *, heads: int, heads_k: int | None = None, head_dim: int = 80, causal: bool = False,
-    deterministic: bool = False,
-):  # fmt: skip
+    cu_seqlens: torch.Tensor, *, heads: int, heads_k: int | None = None, head_dim: int = 80, causal: bool = False
+):
     """positions.attention_schedule with the lists that it makes for a device of capability 8.0."""
     heads_k = heads if heads_k is None else heads_k
     shape = {"heads": heads, "heads_k": heads_k, "head_dim": head_dim, "causal": causal}
     plain = positions.attention_schedule(cu_seqlens, **shape, device="cpu")
     rows = positions.block_rows(plain.lengths, heads, head_dim, (8, 0), causal)
-    key_rows = positions.backward_keys(head_dim, deterministic)
+    key_rows = positions.backward_keys(head_dim)
     return replace(
         plain, block_m=rows, tiles=positions.attention_tiles(cu_seqlens, heads, rows, causal),
         key_rows=key_rows, key_tiles=positions.attention_key_tiles(cu_seqlens, heads_k, key_rows, causal),

@@ -19,7 +19,7 @@ def check_values(csrc, *, races: bool = False, seed: int = 0) -> None:
         test_bwd_sm80.hold(op, [65, 1, 0, 130], heads=4, heads_k=2)
         test_bwd_sm80.hold(op, [65, 30], keys=[70, 150], causal=True)
         test_bwd_sm80.hold(op, [70, 64], keys=[3, 0], causal=True)
-        test_bwd_sm80.hold(dataclasses.replace(op, rows=128), [129, 40])
+        test_bwd_sm80.hold(dataclasses.replace(op, rows=128), [129, 40], heads=4, heads_k=2)
 
 
 def check_races(csrc) -> None:

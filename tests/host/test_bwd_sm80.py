@@ -120,8 +120,8 @@ def check_low_scores(csrc=build.CSRC) -> None:
     tensors, rest = sample([9, 40])
     tensors["q"][:] = 20
     tensors["k"][:] = -20 + tensors["k"] / 8
-    for add_dq in (False, True):
-        assert all(g.isfinite().all() for g in gradients(Attention(64, add_dq, csrc=csrc), tensors, rest).values())
+    for rows, add_dq in itertools.product((64, 128), (False, True)):
+        assert all(g.isfinite().all() for g in gradients(Attention(rows, add_dq, csrc=csrc), tensors, rest).values())
 
 
 def test_low_scores():
@@ -132,9 +132,9 @@ def check_isolation(csrc=build.CSRC) -> None:
     """NaN in one segment, or another neighbour, changes no bit of another's gradients; alone as in the pack."""
     lengths = [70, 1, 33]
     starts = bounds_of(lengths)
-    for causal, add_dq in itertools.product((False, True), (False, True)):
+    for rows, causal, add_dq in itertools.product((64, 128), (False, True), (False, True)):
         tensors, rest = sample(lengths, causal=causal)
-        op = Attention(64, add_dq, grid=1, csrc=csrc)
+        op = Attention(rows, add_dq, grid=1, csrc=csrc)
         expected = gradients(op, tensors, rest)
         for sick, (start, end) in enumerate(itertools.pairwise(starts)):
             ill = {n: x.clone() for n, x in tensors.items()}
@@ -157,7 +157,8 @@ def check_order(csrc=build.CSRC) -> None:
         op = Attention(64, grid=1 + seed, seed=seed, shuffled=True, csrc=csrc)
         for name, x in gradients(op, tensors, rest).items():
             assert same_bits(x, expected[name]), f"{name}, seed {seed}"
-        hold(Attention(64, add_dq=True, grid=1, seed=seed, csrc=csrc), [150, 64, 20], causal=True)
+        for rows in (64, 128):
+            hold(Attention(rows, add_dq=True, grid=1, seed=seed, csrc=csrc), [150, 64, 20], causal=True)
 
 
 def test_order():

@@ -62,7 +62,7 @@ def test_random_lengths(extension, seed):
 def test_a_schedule_changes_no_bit(extension, heads_k, causal):
     lengths = [70, 0, 1, 200, 64]
     tensors, rest = sample(lengths, heads=4, heads_k=heads_k, causal=causal)
-    schedule = host.schedule(rest["cu_seqlens"], heads=4, heads_k=heads_k, causal=causal, deterministic=True)
+    schedule = host.schedule(rest["cu_seqlens"], heads=4, heads_k=heads_k, causal=causal)
     found = []
     for extra in ({}, {"schedule": schedule}, {"schedule": replace(schedule, key_tiles=None, query_tiles=None)}):
         extension.launched.clear()
@@ -84,10 +84,9 @@ def test_a_schedule_of_other_heads_is_not_used(extension):
         assert extension.launched[0].startswith("tiles")
     right = host.schedule(rest["cu_seqlens"], heads=4, heads_k=2)
     elsewhere = replace(right, tiles=right.tiles.to("meta"))  # a schedule of another device
-    assert attention_cuda.lists_of(elsewhere, tensors["q"], tensors["k"], False, False) == (None, 0, None, None)
-    assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False, False)[2] is right.key_tiles
-    assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False, True)[2] is None  # blocks of 128 keys
-    assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False, False)[2] is None
+    assert attention_cuda.lists_of(elsewhere, tensors["q"], tensors["k"], False) == (None, 0, None, None)
+    assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False)[2] is right.key_tiles
+    assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False)[2] is None
 
 
 def check_key_tiles(causal: bool, positions=positions) -> None:
@@ -165,7 +164,7 @@ def test_operator_checks(extension):
     tensors, rest = sample([20, 13])
     leaves = [x.detach().requires_grad_() for x in tensors.values()]
     bounds = rest["cu_seqlens"]
-    schedule = host.schedule(bounds, heads=2, deterministic=True)
+    schedule = host.schedule(bounds, heads=2)
     for lists in ((None, 0, None, None), (schedule.tiles, schedule.block_m, schedule.key_tiles, schedule.query_tiles)):
         arguments = (*leaves, bounds, bounds, *lists, 0.1, False, True)
         torch.library.opcheck(attention_cuda._attention.registered, arguments)
@@ -175,7 +174,7 @@ def test_operator_checks(extension):
 def test_one_gradient_of_qkv(extension, dtype):
     """The kernels write dq, dk, dv into one tensor; the bits are those of the two ops one after another."""
     position_ids, inv_freq, plain = pack("cpu")
-    schedule = host.schedule(plain.cu_seqlens, heads=2, deterministic=True)
+    schedule = host.schedule(plain.cu_seqlens, heads=2)
     qkv = torch.randn(112, 3, 2, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
