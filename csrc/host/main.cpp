@@ -1,10 +1,12 @@
-// A forward kernel as a program, to be built with sanitizers: `program FOLDER` reads FOLDER/call (int64 numbers in the order
-// below), q, k, v, o, lse and tiles as raw files, and writes o and lse back. Every buffer is exactly as long as its file.
+// Kernels as a program, to be built with sanitizers: `program FOLDER GRID SEED {KERNEL ROWS}...` starts one kernel after another.
+// FOLDER/args is the struct that they are told, and each line of FOLDER/pointers (offset, name) a pointer in it: to the bytes of
+// FOLDER/name, in a buffer exactly as long as the file. In the end the buffers are written back.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -13,9 +15,12 @@
 
 using namespace qwen2vl_fast;
 
-// A program holds one of them.
-extern "C" __attribute__((weak)) int forward_sm80(const VarlenAttention* problem, int rows, const host::Run* run);
-extern "C" __attribute__((weak)) int forward_sm90(const VarlenAttention* problem, int rows, const host::Run* run);
+// A program holds some of them.
+extern "C" __attribute__((weak)) int forward_sm80(const VarlenAttention* args, int rows, const host::Run* run);
+extern "C" __attribute__((weak)) int forward_sm90(const VarlenAttention* args, int rows, const host::Run* run);
+extern "C" __attribute__((weak)) int backward_sm80(const VarlenAttentionBackward* args, const char* kernel, int rows,
+                                                   const host::Run* run);
+extern "C" __attribute__((weak)) int build_tiles(const TileList* args, const host::Run* run);
 
 namespace {
 
@@ -36,60 +41,50 @@ Buffer read(const std::string& path) {
   return buffer;
 }
 
-void write(const std::string& path, const Buffer& buffer) {
-  std::ofstream file(path, std::ios::binary);
-  file.write(buffer.bytes.get(), static_cast<std::streamsize>(buffer.size));
+template <class Args>
+const Args* as(const Buffer& args) {
+  if (args.size != sizeof(Args)) {
+    std::fprintf(stderr, "args: expected %zu bytes, got %zu\n", sizeof(Args), args.size);
+    std::exit(2);
+  }
+  return reinterpret_cast<const Args*>(args.bytes.get());
+}
+
+int start(const std::string& kernel, int rows, const Buffer& args, const host::Run& run) {
+  if (kernel == "forward_sm80" && forward_sm80) return forward_sm80(as<VarlenAttention>(args), rows, &run);
+  if (kernel == "forward_sm90" && forward_sm90) return forward_sm90(as<VarlenAttention>(args), rows, &run);
+  if (kernel == "build_tiles" && build_tiles) return build_tiles(as<TileList>(args), &run);
+  if (backward_sm80) return backward_sm80(as<VarlenAttentionBackward>(args), kernel.c_str(), rows, &run);
+  return host::finish(run, "this program has no kernel " + kernel);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2) {
-    std::fprintf(stderr, "usage: %s FOLDER\n", arguments[0]);
+  if (count < 6 || count % 2 != 0) {
+    std::fprintf(stderr, "usage: %s FOLDER GRID SEED {KERNEL ROWS}...\n", arguments[0]);
     return 2;
   }
   const std::string folder = std::string(arguments[1]) + "/";
-  const Buffer call = read(folder + "call"), q = read(folder + "q"), k = read(folder + "k"), v = read(folder + "v");
-  const Buffer o = read(folder + "o"), lse = read(folder + "lse"), tiles = read(folder + "tiles");
-  int64_t n[24];
-  if (call.size != sizeof n) {
-    std::fprintf(stderr, "call: expected %zu bytes, got %zu\n", sizeof n, call.size);
-    return 2;
+  const Buffer args = read(folder + "args");
+  std::map<std::string, Buffer> buffers;
+  std::ifstream pointers(folder + "pointers");
+  size_t offset;
+  for (std::string name; pointers >> offset >> name;) {
+    const Buffer& buffer = buffers[name] = read(folder + name);
+    const char* pointer = buffer.bytes.get();
+    std::memcpy(args.bytes.get() + offset, &pointer, sizeof pointer);
   }
-  std::memcpy(n, call.bytes.get(), sizeof n);
-  VarlenAttention p = {};
-  p.q = q.bytes.get();
-  p.k = k.bytes.get();
-  p.v = v.bytes.get();
-  p.o = o.bytes.get();
-  p.lse = reinterpret_cast<float*>(lse.bytes.get());
-  p.tiles = reinterpret_cast<const Tile*>(tiles.bytes.get());
-  p.tile_count = static_cast<int>(tiles.size / sizeof(Tile));
-  const int kernel = static_cast<int>(n[0]), rows = static_cast<int>(n[1]);
   char message[8192] = "";
-  const host::Run run{static_cast<int>(n[2]), 1, static_cast<uint64_t>(n[3]), message, sizeof message};
-  p.T = static_cast<int>(n[4]);
-  p.Tk = static_cast<int>(n[5]);
-  p.H = static_cast<int>(n[6]);
-  p.Hk = static_cast<int>(n[7]);
-  p.D = static_cast<int>(n[8]);
-  p.causal = n[9] != 0;
-  p.bfloat16 = n[10] != 0;
-  const int32_t scale = static_cast<int32_t>(n[11]);
-  std::memcpy(&p.scale, &scale, 4);
-  int64_t* strides[8] = {&p.q_stride_t, &p.q_stride_h, &p.k_stride_t, &p.k_stride_h,
-                         &p.v_stride_t, &p.v_stride_h, &p.o_stride_t, &p.o_stride_h};
-  for (int i = 0; i < 8; ++i) *strides[i] = n[12 + i];
-  const auto forward = kernel == 80 ? forward_sm80 : kernel == 90 ? forward_sm90 : nullptr;
-  if (forward == nullptr) {
-    std::fprintf(stderr, "this program has no kernel %d\n", kernel);
-    return 2;
+  const host::Run run{std::atoi(arguments[2]), 1, std::strtoull(arguments[3], nullptr, 10), message, sizeof message};
+  for (int i = 4; i < count; i += 2) {
+    if (start(arguments[i], std::atoi(arguments[i + 1]), args, run)) {
+      std::fprintf(stderr, "%s: %s\n", arguments[i], message);
+      return 1;
+    }
   }
-  if (forward(&p, rows, &run)) {
-    std::fprintf(stderr, "%s\n", message);
-    return 1;
+  for (const auto& [name, buffer] : buffers) {
+    std::ofstream(folder + name, std::ios::binary).write(buffer.bytes.get(), static_cast<std::streamsize>(buffer.size));
   }
-  write(folder + "o", o);
-  write(folder + "lse", lse);
   return 0;
 }

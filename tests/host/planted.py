@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import struct
 import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from tests.compare import evaluate
+from tests.host.backward import Attention, VarlenAttentionBackward, key_tiles
 from tests.host.cases import Case
-from tests.host.runner import tiles
+from tests.host.extension import TileList
+from tests.host.runner import VarlenAttention, packed_bounds, tiles
+
+GRID = 3
 
 
 class Mutant(NamedTuple):
@@ -45,23 +50,76 @@ def outcome(check: Callable, *arguments: object) -> str:
 
 
 def sanitized(
-    program: Path, folder: Path, kernel: int, rows: int, case: Case, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o and lse of the sanitized program; AssertionError with its report where it ends with one."""
-    call = case.call()
-    tensors = {n: x.contiguous() for n, x in call.tensors.items()}
-    o, lse = torch.full_like(tensors["q"], torch.nan), torch.full((case.heads, tensors["q"].shape[0]), torch.nan)
-    tensors |= {"o": o, "lse": lse, "tiles": tiles(case.lengths, case.key_lengths, case.heads, rows, case.causal)}
-    for name, x in tensors.items():
+    program: Path, folder: Path, args: ctypes.Structure, buffers: dict[str, torch.Tensor], launches: Sequence[tuple[str, int]],
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The buffers after these launches (kernel, rows) of the sanitized program; AssertionError with its report where it ends
+    with one. buffers: by the names of the pointers of `args`."""
+    (folder / "args").write_bytes(bytes(args))
+    (folder / "pointers").write_text("".join(f"{offset_of(type(args), name)} {name}\n" for name in buffers))
+    for name, x in buffers.items():
         (folder / name).write_bytes(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
-    scale = case.dim**-0.5 if case.scale is None else case.scale
-    numbers = [kernel, rows, 3, seed, tensors["q"].shape[0], tensors["k"].shape[0], case.heads, case.heads_k, case.dim,
-               case.causal, o.dtype == torch.bfloat16, *struct.unpack("i", struct.pack("f", scale))]  # fmt: skip
-    numbers += [tensors[n].stride(i) for n in "qkvo" for i in (0, 1)]
-    (folder / "call").write_bytes(struct.pack("24q", *numbers, *[0] * (24 - len(numbers))))
+    words = [str(word) for launch in launches for word in launch]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    result = subprocess.run([program, folder], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, f"{case}:\n{result.stderr[-6000:]}"
-    return tuple(
-        torch.frombuffer(bytearray((folder / n).read_bytes()), dtype=x.dtype).view(x.shape) for n, x in (("o", o), ("lse", lse))
-    )
+    command = [program, folder, str(GRID), str(seed), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, f"{launches}:\n{result.stderr[-6000:]}"
+    bits = {name: bytearray((folder / name).read_bytes()) for name in buffers}
+    return {
+        n: torch.frombuffer(bits[n], dtype=x.dtype).view(x.shape) if x.numel() else x.clone() for n, x in buffers.items()
+    }
+
+
+def offset_of(struct: type[ctypes.Structure], name: str) -> int:
+    """Of a field, or of one of the struct's `problem`."""
+    if hasattr(struct, name):
+        return getattr(struct, name).offset
+    return struct.problem.offset + getattr(VarlenAttention, name).offset
+
+
+def sanitized_forward(
+    program: Path, folder: Path, kernel: str, rows: int, case: Case, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse."""
+    q, k, v = (x.contiguous() for x in case.call().tensors.values())
+    o, lse = torch.full_like(q, torch.nan), torch.full((case.heads, q.shape[0]), torch.nan)
+    work = tiles(case.lengths, case.key_lengths, case.heads, rows, case.causal)
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    args = Attention().problem(q, k, v, o, lse, work, scale, case.causal)
+    buffers = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "tiles": work}
+    found = sanitized(program, folder, args, buffers, [(kernel, rows)], seed)
+    return found["o"], found["lse"]
+
+
+def sanitized_backward(program: Path, folder: Path, op: Attention, case: Case) -> tuple[dict, dict]:
+    """The gradients of op's kernels, of the sanitized program and of the plain build, from the same forward."""
+    call = case.call()
+    (o, lse), tensors = op(**call.tensors, **call.rest), {n: x.contiguous() for n, x in call.tensors.items()}
+    grad = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o.dtype)
+    expected = evaluate(op, call, (grad, None))[1]
+    rows, key_rows = op.backward_rows(case.dim)
+    lengths, keys = case.lengths, case.key_lengths
+    buffers = {**tensors, "o": o, "lse": lse, "tiles": tiles(lengths, keys, case.heads, rows, case.causal), "grad": grad}
+    buffers["key_tiles"] = key_tiles(lengths, keys, case.heads_k, key_rows, case.causal)
+    buffers |= {f"d{n}": torch.full_like(x, torch.nan) for n, x in tensors.items()}
+    buffers |= {n: torch.full_like(lse, torch.nan) for n in ("shift", "delta")}
+    if op.add_dq:
+        buffers["dq_sum"] = torch.full(o.shape, torch.nan)
+    problem = op.problem(*tensors.values(), o, lse, buffers["tiles"], case.dim**-0.5, case.causal)
+    strided = {f"{n}_stride_{a}": buffers[n].stride(i) for n in ("grad", "dq", "dk", "dv") for i, a in enumerate("th")}
+    args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), **strided)
+    launches = [("row_sums", 1), ("keys", key_rows), ("round", 1) if op.add_dq else ("queries", rows)]
+    found = sanitized(program, folder, args, buffers, launches, op.seed)
+    return {n: found[f"d{n}"] for n in "qkv"}, expected
+
+
+def sanitized_tiles(program: Path, folder: Path, case: Case, rows: int, by_keys: bool) -> list[list[int]]:
+    """The tiles with work, of the list that the device builds."""
+    bounds, bounds_k = (packed_bounds(x) for x in (case.lengths, case.key_lengths))
+    heads, own = (case.heads_k, sum(case.key_lengths)) if by_keys else (case.heads, sum(case.lengths))
+    found = torch.full(((own // rows + len(case.lengths)) * heads, 8), -1, dtype=torch.int32)
+    args = TileList(N=len(case.lengths), T=sum(case.lengths), Tk=sum(case.key_lengths), heads=heads, rows=rows,
+                    causal=case.causal, by_keys=by_keys)  # fmt: skip
+    buffers = {"bounds": bounds, "bounds_k": bounds_k, "tiles": found}
+    done = sanitized(program, folder, args, buffers, [("build_tiles", rows)])["tiles"]
+    return [tile[:6] for tile in done.tolist() if tile[3 if by_keys else 1] > 0]

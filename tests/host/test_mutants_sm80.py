@@ -10,7 +10,7 @@ import pytest
 from tests.compare import same_bits
 from tests.host import build
 from tests.host.cases import BF16, FP16, Case, check_alone, check_isolation, check_rule, check_schedules
-from tests.host.planted import Mutant, outcome, sanitized
+from tests.host.planted import Mutant, outcome, sanitized_forward
 from tests.host.runner import Kernel
 from tests.host.test_forward_sm80 import NAMED, SEEDS
 
@@ -118,7 +118,7 @@ def test_sanitized(tmp_path):
         case = replace(case, layout="contiguous")
         call = case.call()
         for seed in (0, 3):
-            found = sanitized(program, tmp_path, 80, rows, case, seed)
+            found = sanitized_forward(program, tmp_path, "forward_sm80", rows, case, seed)
             expected = Kernel(plain, "forward_sm80", rows)(**call.tensors, **call.rest)
             assert all(map(same_bits, found, expected))
 
@@ -129,4 +129,5 @@ def test_sanitizers_see_a_read_past_the_end(tmp_path):
     folder = tmp_path / "call"
     folder.mkdir()
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        sanitized(build.program(["main", "fwd_sm80"], source), folder, 80, 64, Case((65,), layout="contiguous"))
+        program = build.program(["main", "fwd_sm80"], source)
+        sanitized_forward(program, folder, "forward_sm80", 64, Case((65,), layout="contiguous"))

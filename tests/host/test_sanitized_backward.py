@@ -1,0 +1,67 @@
+"""The sm_80 backward and the lists of tiles with sanitizers (address, undefined behaviour), without a byte to spare."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compare import same_bits
+from tests.host import build
+from tests.host.backward import Attention, key_tiles
+from tests.host.cases import FP16, Case
+from tests.host.planted import sanitized_backward, sanitized_tiles
+from tests.host.runner import tiles
+
+UNITS = ["main", "fwd_sm80", "bwd_sm80"]
+CASES = (
+    (64, Case((65, 0, 3, 70), layout="contiguous")),
+    (128, Case((129, 1, 0), heads=4, heads_k=2, layout="contiguous")),
+    (128, Case((33, 0, 97), (40, 5, 30), dim=64, causal=True, dtype=FP16, layout="contiguous")),
+    (64, Case((33, 66), (70, 0), dim=128, heads=2, heads_k=2, causal=True, layout="contiguous")),
+    (64, Case((0, 0), layout="contiguous")),
+)
+# name -> (file, old, new) of reads past a buffer's end that change no gradient
+PLANTED = {
+    "the tail of the rows": ("bwd_sm80.cuh", "row = valid ? index / p.H : 0;", "row = index / p.H;"),
+    "the segment after the last": ("tiles.cuh", "high = args.N - 1;", "high = args.N;"),
+}
+
+
+def check_backward(program, folder, add_dq: bool) -> None:
+    for rows, case in CASES:
+        for seed in (0, 3):
+            found, expected = sanitized_backward(program, folder, Attention(rows, add_dq, seed=seed), case)
+            assert all(same_bits(found[name], expected[name]) for name in "qkv"), f"{case} {rows}"
+
+
+def check_tiles(program, folder) -> None:
+    for rows, case in CASES:
+        for by_keys, listed, heads in ((False, tiles, case.heads), (True, key_tiles, case.heads_k)):
+            expected = [tile[:6] for tile in listed(case.lengths, case.key_lengths, heads, rows, case.causal).tolist()]
+            assert sorted(sanitized_tiles(program, folder, case, rows, by_keys)) == sorted(expected)
+
+
+@pytest.mark.parametrize("add_dq", [False, True])
+def test_backward(add_dq, tmp_path):
+    """The bits of the plain build."""
+    check_backward(build.program(UNITS), tmp_path, add_dq)
+
+
+def test_tiles(tmp_path):
+    check_tiles(build.program(UNITS), tmp_path)
+
+
+def check_seen(name: str, folder) -> None:
+    program = build.program(UNITS, build.altered(folder, *PLANTED[name]))
+    (folder / "call").mkdir()
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        check_tiles(program, folder / "call")
+        check_backward(program, folder / "call", False)
+
+
+def test_a_read_past_the_end_is_seen(tmp_path):
+    check_seen("the tail of the rows", tmp_path)
+
+
+@pytest.mark.full
+def test_a_read_past_the_boundaries_is_seen(tmp_path):
+    check_seen("the segment after the last", tmp_path)
