@@ -186,11 +186,12 @@ def test_backend_of_choice(hf, monkeypatch):
     """It reaches every op that has it."""
     asked = []
     real = ops.rope.choose
-    for module in (ops.rope, ops.norm, ops.activation, ops.attention, sys.modules["qwen2vl_fast.ops.gated"]):
+    others = [sys.modules[f"qwen2vl_fast.ops.{name}"] for name in ("gated", "vision_attention")]
+    for module in (ops.rope, ops.norm, ops.activation, ops.attention, *others):
         monkeypatch.setattr(module, "choose", lambda op, *rest: asked.append((op, rest[0])) or real(op, *rest))
     compare(hf, models.batch(MIXED), backend="torch")
     assert {backend for _, backend in asked} == {"torch"}
-    assert {op for op, _ in asked} >= {"mrope", "vision_rope", "varlen_attention", "rms_norm", "layer_norm", "swiglu", "gelu"}
+    assert {op for op, _ in asked} >= {"mrope", "vision_rope_", "varlen_attention", "rms_norm", "layer_norm", "swiglu", "gelu"}
 
 
 def test_capped_packs(hf, monkeypatch):

@@ -29,6 +29,7 @@ from tests.patching import (
     twin,
     with_lora,
 )  # fmt: skip
+from tests.test_ops_vision_attention import Calls
 
 ROWS = [
     [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
@@ -43,6 +44,31 @@ def agree(got: dict, expected: dict) -> None:
     for name, gradient in expected.items():
         assert got[name] is not None, f"{name}: no gradient"
         assert float((got[name] - gradient).abs().max()) <= CLOSE * top, name
+
+
+def test_one_gradient_of_qkv():
+    """It comes from the attention as one tensor; with the library's rotation dq, dk and dv pass through a stack."""
+    hf = model_of(CONFIGS["released"])
+    inputs = models.batch(ROWS)
+    found = {}
+    for rope in (True, False):
+        with patched(hf, rope=rope):
+            hf.zero_grad()
+            loss = forward(hf, inputs).logits.float().square().mean()
+            with Calls() as calls:
+                loss.backward()
+        found[rope] = calls.names.count("aten.stack.default")
+    assert found[False] - found[True] == len(hf.model.visual.blocks)
+
+
+def test_what_a_hook_saw_of_qkv_stays():
+    """Without a gradient q and k are rotated in place: not in a tensor that somebody else holds."""
+    hf = model_of(CONFIGS["released"])
+    seen, inputs = [], models.batch(ROWS)
+    hf.model.visual.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: seen.append((out, out.clone())))
+    with torch.no_grad(), patched(hf):
+        forward(hf, inputs)
+    assert seen and all(torch.equal(*pair) for pair in seen)
 
 
 @pytest.mark.parametrize("outside", [False, True])

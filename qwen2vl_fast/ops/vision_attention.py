@@ -10,7 +10,7 @@ from .backends import choose, define
 from .rope import vision_rope, vision_rope_
 
 
-def vision_attention(qkv, position_ids, inv_freq, schedule):
+def vision_attention(qkv, position_ids, inv_freq, schedule, *, rope_backend=None, backend=None):
     """o = varlen_attention(*vision_rope(q, k), v), q, k, v the three of qkv.
 
     Without a gradient q and k are rotated in place, inside qkv. With one, and where the backend's backward is ours, it
@@ -22,21 +22,22 @@ def vision_attention(qkv, position_ids, inv_freq, schedule):
         qkv: [T, 3, H, D], owned by the caller: nobody else may read it afterwards.
         position_ids: [2, T], row and column. inv_freq: [D/4] float32.
         schedule: positions.attention_schedule(...) of the pack.
+        rope_backend, backend: of the rotation and of the attention, as `vision_rope` and `varlen_attention` take them.
     Returns: o [T, H, D].
     Raises, Precision: as `vision_rope` and `varlen_attention`.
     """
     q, k, v = qkv.unbind(1)
     bounds = schedule.cu_seqlens
     if not (torch.is_grad_enabled() and qkv.requires_grad):
-        vision_rope_(q, k, position_ids, inv_freq=inv_freq)
-        return varlen_attention(q, k, v, bounds, schedule=schedule)
-    backend = choose("varlen_attention", None, qkv.device, attention_cuda.refuses(q))
+        vision_rope_(q, k, position_ids, inv_freq=inv_freq, backend=rope_backend)
+        return varlen_attention(q, k, v, bounds, schedule=schedule, backend=backend)
+    backend = choose("varlen_attention", backend, qkv.device, attention_cuda.refuses(q))
     if backend == "flash" or backend == "torch" and attention.has_varlen(q):
-        q, k = vision_rope(q, k, position_ids, inv_freq=inv_freq)
-        return varlen_attention(q, k, v, bounds, schedule=schedule)
+        q, k = vision_rope(q, k, position_ids, inv_freq=inv_freq, backend=rope_backend)
+        return varlen_attention(q, k, v, bounds, schedule=schedule, backend=backend)
     deterministic = torch.are_deterministic_algorithms_enabled()
     lists = attention_cuda.lists_of(schedule, q, k, False)
-    rotation = choose("vision_rope", None, qkv.device)
+    rotation = choose("vision_rope", rope_backend, qkv.device)
     return _vision_attention(
         qkv, position_ids, inv_freq, bounds, *lists, q.shape[-1] ** -0.5, deterministic, rotation, backend
     )[0]

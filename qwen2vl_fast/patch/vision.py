@@ -15,9 +15,10 @@ from torch import nn
 from .. import ops
 from ..inputs import capped_packs, to_host
 from ..ops.linear import linear
+from ..ops.vision_attention import vision_attention
 from ..positions import AttentionSchedule, attention_schedule, check_grid, check_grid_shape, vision_position_ids
 from ..reference import vision_rope_angles
-from .hooks import activate, bare, hook_of, hooked, original, project, readable, unknown_activation
+from .hooks import activate, bare, hook_of, hooked, original, plain_linear, project, readable, unknown_activation
 from .norms import add_norm
 
 MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
@@ -186,16 +187,18 @@ def attention(
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack.cos_sin(), **kwargs)
     hook.part.ran()
     qkv, heads = project(self.qkv, hidden_states), self.num_heads
-    q, k, v = qkv.reshape(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads)).unbind(1)
+    owned = qkv.requires_grad or plain_linear(self.qkv, hidden_states)  # hooks may keep what they saw
+    qkv = qkv.reshape(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads))
+    schedule = _moved(pack.schedule, qkv.device)
+    rope_backend, backend = (hook.options.backends[op] for op in ("vision_rope", "varlen_attention"))
     if hook.more["rope"].enabled:
         hook.more["rope"].ran()
-        backend = hook.options.backends["vision_rope"]
-        q, k = ops.vision_rope(q, k, pack.position_ids, inv_freq=pack.inv_freq, backend=backend)
+        qkv = qkv if owned else qkv.clone()
+        o = vision_attention(qkv, pack.position_ids, pack.inv_freq, schedule, rope_backend=rope_backend, backend=backend)
     else:
+        q, k, v = qkv.unbind(1)
         q, k = hook.more["library_rope"](q, k, *pack.cos_sin())
-    schedule = _moved(pack.schedule, q.device)
-    backend = hook.options.backends["varlen_attention"]
-    o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, backend=backend)
+        o = ops.varlen_attention(q, k, v, schedule.cu_seqlens, schedule=schedule, backend=backend)
     return project(self.proj, o.flatten(1))
 
 
