@@ -5,13 +5,15 @@ qwen2vl-fast bench linear [--peers NAME ...] [--repeats 5] [--json] [--save]
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
 from bench.timing import measure, parser, publish, say, taking_part
 from qwen2vl_fast.ops.linear import linear
 
-TOKENS = 2048
+TOKENS = (1, 16, 2048)  # a decoded token, a batch of them, a prefill
 PEERS = ("torch.nn.functional.linear",)
 PRODUCTS = {"qkv": (1280, 3840), "proj": (1280, 1280), "fc1": (1280, 5120), "fc2": (5120, 1280)}
 
@@ -21,18 +23,18 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     torch.manual_seed(0)
     with torch.inference_mode():
-        for name, (inputs, outputs) in PRODUCTS.items():
-            x, weight, bias = torch.randn(TOKENS, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        for tokens, (name, (inputs, outputs)) in itertools.product(TOKENS, PRODUCTS.items()):
+            x, weight, bias = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
             contenders = {
                 "torch.nn.functional.linear": lambda: F.linear(x, weight, bias),  # noqa: B023 -- called in this round
                 "qwen2vl_fast": lambda: linear(x, weight, bias),  # noqa: B023
             }
             seconds = measure(taking_part(options, contenders, PEERS), repeats=options.repeats, device="cpu")
-            operations = 2 * TOKENS * inputs * outputs
+            operations = 2 * tokens * inputs * outputs
             gflops = {contender: operations / value["median"] / 1e9 for contender, value in seconds.items()}
-            rows.append({"product": name, "shape": [TOKENS, inputs, outputs], "seconds": seconds, "gflops": gflops})
+            rows.append({"product": name, "shape": [tokens, inputs, outputs], "seconds": seconds, "gflops": gflops})
             speeds = ", ".join(f"{contender} {value:.0f} GFLOP/s" for contender, value in gflops.items())
-            say(options, f"{name:<5} {speeds}")
+            say(options, f"{name:<5} {tokens:5d} rows: {speeds}")
     publish("linear_cpu", options, rows)
 
 

@@ -247,7 +247,7 @@ def test_a_pass_that_computes_something_else_is_not_timed():
 
 
 def test_products_and_the_host_without_peers(tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "TOKENS", 8)
+    monkeypatch.setattr(linear, "TOKENS", (1, 8))
     monkeypatch.setattr(host, "op_calls", dict)
     for module in (linear, host):
         module.main(["--repeats", "1", "--save", str(tmp_path), "--peers"])

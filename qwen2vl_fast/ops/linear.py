@@ -12,10 +12,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x weight^T + bias: x [..., E], weight [F, E], bias [F] -> [..., F].
 
     float32 on the CPU goes through oneDNN: torch's default there is MKL, which leaves AVX-512 unused on processors that are
-    not Intel's (docs/LOG.md has the measurement). Everything else is torch.nn.functional.linear.
+    not Intel's, and is slower with few rows everywhere (docs/LOG.md has the measurements). Everything else is
+    torch.nn.functional.linear.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN and x.numel() and weight.dtype == x.dtype:
-        return _linear(x, weight, bias)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN and weight.dtype == x.dtype:
+        if x.numel() > (0 if _AVX512 else x.shape[-1]):  # one row: MKL, where it uses all of the processor
+            return _linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
