@@ -294,6 +294,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     checkpoint = out / "checkpoint"
     facts = json.loads((checkpoint / "training.json").read_text("utf-8"))
     assert [call["init"] for call in facts["history"]] == ["nano", None, None] and facts["samples"] == 6
+    before = json.loads((NANO / "training.json").read_text("utf-8"))
+    assert facts["history"][0]["init_samples"] == before["samples"] and facts["levels"] == before["levels"]
     assert nano.main(["eval", str(checkpoint), "--samples", "2", "--compare", "1"]) == 0
     found = json.loads((checkpoint / "eval.json").read_text("utf-8"))
     assert found["tasks"]["count"]["samples"] == 2 and found["ways"]["bfloat16"]["read"]["samples"] == 1

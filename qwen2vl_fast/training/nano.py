@@ -63,8 +63,8 @@ SHARES: dict[str, dict[str, float]] = {
     TEXT: {"copy": 0.75, "sum": 0.25},
     TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
     WHOLE: {
-        "read": 0.5, "name": 0.02, "count": 0.07, "box": 0.14, "relation": 0.08, "compare": 0.02, "motion": 0.01, "order": 0.05,
-        "followup": 0.02, "copy": 0.06, "sum": 0.03,
+        "read": 0.44, "name": 0.02, "count": 0.08, "box": 0.12, "relation": 0.12, "compare": 0.02, "motion": 0.01,
+        "order": 0.06, "followup": 0.03, "copy": 0.06, "sum": 0.04,
     },
 }  # fmt: skip
 SHARES[DECODER] = SHARES[WHOLE]
@@ -189,13 +189,19 @@ class Trainer:
     def save(self, directory: Path) -> None:
         save_state(directory / STATE, self.weights, self.optimizers, {name: getattr(self, name) for name in _SCALARS})
 
-    def start_from(self, checkpoint: Path) -> None:
-        """Take the weights of a checkpoint of this shape, moments at zero."""
+    def start_from(self, checkpoint: Path) -> dict[str, Any]:
+        """Take the weights of a checkpoint of this shape, moments at zero, and the levels that its training reached.
+
+        Returns its name, and the samples and minutes of its run.
+        """
         model = Qwen2VL.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 self.weights[name].copy_(weight)
         self._publish()
+        facts = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        self.levels |= facts["levels"]
+        return {"init": checkpoint.name, "init_samples": facts["samples"], "init_minutes": facts["minutes"]}
 
     def resume(self, directory: Path) -> None:
         scalars = load_state(directory / STATE, self.weights, self.optimizers)
@@ -374,13 +380,10 @@ def train(
     checkpoint = directory / "checkpoint"
     write_files(checkpoint)
     trainer = Trainer(recipe, Tokenizer.from_pretrained(checkpoint))
+    begun = {"init": None} if init is None or resume else trainer.start_from(init)
     if resume:
         trainer.resume(directory)
-    elif init is not None:
-        trainer.start_from(init)
-    trainer.history.append(
-        {"step": trainer.step, "init": None if init is None else init.name, "shares": SHARES, **asdict(recipe)}
-    )
+    trainer.history.append({"step": trainer.step, **begun, "shares": SHARES, **asdict(recipe)})
     begin, before = time.monotonic(), trainer.seconds
     losses: list[float] = []
     while trainer.step < recipe.steps:

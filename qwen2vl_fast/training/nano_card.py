@@ -10,7 +10,18 @@ from typing import Any
 
 from .lettering import ALPHABET, FONTS
 from .shapes import COLORS, SHAPES
-from .tasks import LARGEST_TYPE, MAX_COUNT, MAX_LEVEL, PROMOTE, SMALLEST_TYPE, TASKS, TEST_SEEDS, VALIDATION_SAMPLES, generate
+from .tasks import (
+    BOX_STEP,
+    LARGEST_TYPE,
+    MAX_COUNT,
+    MAX_LEVEL,
+    PROMOTE,
+    SMALLEST_TYPE,
+    TASKS,
+    TEST_SEEDS,
+    VALIDATION_SAMPLES,
+    generate,
+)
 
 LOG = "log.jsonl"
 GOAL = 0.75
@@ -102,8 +113,11 @@ def _card(facts: dict[str, Any], measured: dict[str, Any], log: list[dict[str, A
     recipe, count = facts["recipe"], next(iter(measured["tasks"].values()))["samples"]
     margin = f"{196 * math.sqrt(0.8 * 0.2 / count):.1f}"
     lengths, numbers = measured["tasks"]["read"]["by_length"], measured["tasks"]["count"]["by_count"]
-    begun = [call["init"] for call in facts["history"] if call["init"]]
-    begin = f"with the weights of the earlier {' and '.join(begun)}, not at random" if begun else "with random weights"
+    first = facts["history"][0]
+    begin = "with random weights"
+    if first["init"]:
+        begin = f"""not at random but with the weights of a {first["init"]} whose own run took {first["init_samples"]} samples
+        and {first["init_minutes"]} minutes"""
     hardware = f"{facts['threads']} thread of a 2-core {facts['processor']}"
     short = slopes(log, measured)
     missed = [
@@ -119,7 +133,8 @@ def _card(facts: dict[str, Any], measured: dict[str, Any], log: list[dict[str, A
         nothing.""",
         ["## What it does"],
         f"""Greedy answers to {count} unseen samples a task, in float32. An answer counts when every character is right; a box
-        when the name is and the intersection over union is at least 0.5.""",
+        when the name is and the intersection over union is at least 0.5 (its numbers are taught
+        in steps of {BOX_STEP} thousandths).""",
         accuracy_table(measured),
         f"""With {count} samples chance alone moves a figure near 80 % by up to {margin} points (95 % interval). Measured by
         `{measured["command"]}` (torch {measured["torch"]}, {measured["device"]}); eval.json has all figures.""",

@@ -69,8 +69,8 @@ def score(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
 def ways(checkpoint: Path, device: str) -> dict[str, Callable[[], Any]]:
     """The other ways to compute: name -> a function that loads the model."""
 
-    def ours(dtype: torch.dtype) -> Any:
-        return Qwen2VL.from_pretrained(checkpoint, device=device, dtype=dtype)
+    def ours(dtype: torch.dtype, backend: str | None = None) -> Any:
+        return Qwen2VL.from_pretrained(checkpoint, device=device, dtype=dtype, backend=backend)
 
     def transformers(patched: bool) -> Any:
         from transformers import Qwen2VLForConditionalGeneration
@@ -89,8 +89,10 @@ def ways(checkpoint: Path, device: str) -> dict[str, Callable[[], Any]]:
         "transformers": lambda: transformers(False),
         "patched transformers": lambda: transformers(True),
     }
-    without = ("bfloat16", "float16")
-    return found if importlib.util.find_spec("transformers") else {name: found[name] for name in without}
+    if device == "cuda":
+        found["torch backend"] = lambda: ours(torch.float32, backend="torch")
+    without = ("bfloat16", "float16", "torch backend")
+    return found if importlib.util.find_spec("transformers") else {name: found[name] for name in without if name in found}
 
 
 def compare(model: Any, processor: Processor, data: dict[str, list[Sample]], said: Answers) -> dict[str, dict[str, int]]:

@@ -185,6 +185,10 @@ def grounding(name: str, box: Sequence[int]) -> str:
     return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({left},{top}),({right},{bottom})<|box_end|>"
 
 
+# Answers round to a pixel of the smallest pictures: digits below that can't be learned, and their noise drowns the rest.
+BOX_STEP = 20
+
+
 def _box(rng: np.random.Generator, level: int) -> Sample:
     count = int(rng.integers(1, (1, 2, 3)[level] + 1))
     medium, found, boxes = _random_scene(rng, level, count, different=True)
@@ -194,7 +198,8 @@ def _box(rng: np.random.Generator, level: int) -> Sample:
         min(999, round(1000 * value / side)) for value, side in ((left, width), (top, height), (right, width), (bottom, height))
     )
     name = _name(found[0])
-    return Sample("box", (medium,), ((f"Find the {name}.", grounding(name, box)),), box=box)
+    said = tuple(min(1000 - BOX_STEP, BOX_STEP * round(value / BOX_STEP)) for value in box)
+    return Sample("box", (medium,), ((f"Find the {name}.", grounding(name, said)),), box=box)
 
 
 _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
