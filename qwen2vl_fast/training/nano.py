@@ -63,8 +63,8 @@ SHARES: dict[str, dict[str, float]] = {
     TEXT: {"copy": 0.75, "sum": 0.25},
     TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
     WHOLE: {
-        "read": 0.44, "name": 0.02, "count": 0.08, "box": 0.12, "relation": 0.12, "compare": 0.02, "motion": 0.01,
-        "order": 0.06, "followup": 0.03, "copy": 0.06, "sum": 0.04,
+        "read": 0.3, "name": 0.01, "count": 0.1, "box": 0.14, "relation": 0.24, "compare": 0.02, "motion": 0.01,
+        "order": 0.06, "followup": 0.02, "copy": 0.04, "sum": 0.06,
     },
 }  # fmt: skip
 SHARES[DECODER] = SHARES[WHOLE]
@@ -222,7 +222,7 @@ class Trainer:
         return TOWER_LEVELS if stage == TOWER else self.levels
 
     def _draw(self, stage: str, size: int, start: int) -> list[Sample]:
-        """Samples of a stage from the seeds of this step, from the one with index `start` on; a third are of lower levels."""
+        """Samples of a stage from the seeds of this step, from the one with index `start` on; half are of lower levels."""
         rng = np.random.default_rng((self.recipe.seed, self.step, start))
         shares = SHARES[stage]
         tasks = rng.choice(len(shares), size, p=[*shares.values()])
@@ -230,7 +230,7 @@ class Trainer:
         samples = []
         for index, task in enumerate([*shares][task] for task in tasks):
             level = self._levels(stage)[task]
-            if level and rng.random() < 1 / 3:
+            if level and rng.random() < 1 / 2:
                 level = int(rng.integers(level))
             samples.append(generate(task, TRAIN_SEEDS[first + index], level))
         # Neighbours of one size share an attention call.
