@@ -237,6 +237,9 @@ def nano() -> str:
     samples = next(iter(result["tasks"].values()))["samples"]
     where = f"{result['device']}, torch {result['torch']}: `{result['command']}`, {samples} samples a task"
     trained = f"{facts['samples']} training samples, {facts['minutes']} minutes of {facts['threads']} CPU thread"
+    first = facts["history"][0]
+    if first["init"]:
+        trained += f", begun with a checkpoint of {first['init_samples']} samples, {first['init_minutes']} minutes"
     lines = [*nano_card.accuracy_table(result), "", *nano_card.ways_table(result), ""]
     return "\n".join([*lines, f"{where}; after {trained} (the model card has the run)"])
 

@@ -95,14 +95,14 @@ class Recipe:
     tower_batch: int = 128
     tower_lr: float = 1e-3
     lr: float = 1e-3
-    visual_lr: float = 3e-4
+    visual_lr: float = 5e-4
     adamw: float = 0.3
     warmup: int = 50
-    cooldown: float = 0.15
+    cooldown: float = 0.3
     weight_decay: float = 0.01
     clip: float = 1.0
     probe: float = 0.3
-    readings: int = 96
+    readings: int = 48
     dtype: str = "float32"
     seed: int = 0
 

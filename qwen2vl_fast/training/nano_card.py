@@ -166,16 +166,15 @@ def _card(facts: dict[str, Any], measured: dict[str, Any], log: list[dict[str, A
         the mean of a picture's tokens (number, motion). Whole: everything on conversations, where the loss counts what the
         assistant says and its `<|im_end|>`, and {recipe["probe"]} times the readings' loss, with {recipe["readings"]} further
         pictures a step that are only read. Decoder: the decoder alone, the
-        tower frozen. The difficulty of a task rises when {100 * PROMOTE:.0f} % of its validation answers are right (80,
-        then 60 % early in this run). Muon for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]},
-        gradient norm clipped at {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of
+        tower frozen. The difficulty of a task rises when {100 * PROMOTE:.0f} % of its validation answers are right.
+        Muon for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]}, gradient norm clipped at {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of
         warmup, falling to zero over the last {100 * recipe["cooldown"]:.0f} % of the steps; AdamW's
         is {recipe["adamw"]} of Muon's; {recipe["dtype"]}.""",
         table(
             ["steps", "samples", "minutes", "hardware"], [[*(str(facts[k]) for k in ("step", "samples", "minutes")), hardware]]
         ),
         f"""The minutes are wall-clock time on a machine that did other work too; weights are stored in bfloat16. From scratch:
-        `qwen2vl-fast train nano --out runs/nano --minutes 240 --threads 1`, which has not been run in one go. This checkpoint's
+        `qwen2vl-fast train nano --out runs/nano --minutes 300 --threads 1`, which has not been run in one go. This checkpoint's
         run began {begin}, and was stopped and resumed with other settings (and easier or harder data) where this table has more
         than one row; a setting that did not exist yet is blank, shares are percent of the samples in the stage "whole".""",
         table([*map(_spaced, _CHANGES), "weights from", "shares"], [_settings(call) for call in facts["history"]]),
