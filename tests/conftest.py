@@ -17,6 +17,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[True, False], ids=["two passes", "dq added"])
+def two_passes(request: pytest.FixtureRequest, poison: None) -> bool:
+    """Whether gradients of attention are deterministic by default."""
+    torch.use_deterministic_algorithms(request.param)
+    return request.param
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """torch.empty comes filled with NaN."""

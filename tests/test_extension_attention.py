@@ -285,16 +285,16 @@ def test_isolation(causal, kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_no_races(dim, kernel):
-    """The same bits 250 times, forward; 1000 times, the deterministic gradients."""
+    """The same bits 250 times, forward; 1000 times, the deterministic gradients, and those of k and v where dq is added."""
     tensors, rest = packed([1024, 300, 77], heads=16, heads_k=16, dim=dim)
     first = op(**tensors, **rest, return_lse=True)
     assert all(all(map(torch.equal, first, op(**tensors, **rest, return_lse=True))) for _ in range(250))
     leaves = [x.detach().requires_grad_() for x in tensors.values()]
-    o = op(**dict(zip("qkv", leaves, strict=True)), **rest, deterministic=True)
-    upstream = torch.ones_like(o)
-    gradients = functools.partial(torch.autograd.grad, o, leaves, upstream, retain_graph=True)
-    expected = gradients()
-    assert all(all(map(torch.equal, expected, gradients())) for _ in range(1000))
+    for deterministic, same in ((True, leaves), (False, leaves[1:])):
+        o = op(**dict(zip("qkv", leaves, strict=True)), **rest, deterministic=deterministic)
+        gradients = functools.partial(torch.autograd.grad, o, same, torch.ones_like(o), retain_graph=True)
+        expected = gradients()
+        assert all(all(map(torch.equal, expected, gradients())) for _ in range(1000))
 
 
 @pytest.mark.gpu
@@ -327,21 +327,31 @@ def test_beyond_2_31_elements(kernel):
 
 
 @pytest.mark.gpu
-def test_graph_capture_and_no_sync(kernel):
+def test_graph_capture_and_no_sync(kernel, two_passes):
     tensors, rest = packed([256, 100])
-    expected = op(**tensors, **rest)
+
+    def run() -> dict[str, torch.Tensor]:
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+        o = op(**leaves, **rest)
+        grads = torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o))
+        return {"o": o.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    expected = run()
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
-            o = op(**leaves, **rest)
-            grads = torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o))
+            results = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    o.detach().zero_()
+    for x in results.values():
+        x.zero_()
     graph.replay()
-    assert same_bits(o.detach(), expected) and all(g.isfinite().all() for g in grads)
+    for name, x in results.items():
+        if two_passes or name != "q":
+            assert same_bits(x, expected[name]), name
+        else:  # added in any order
+            assert (x - expected[name]).float().norm() <= 1e-3 * expected[name].float().norm()
 
 
 @pytest.mark.gpu
@@ -387,11 +397,10 @@ def test_activation_checkpointing():
 
 def training_curve(backend: str, device: str, steps: int) -> torch.Tensor:
     """Losses of steps that teach nano's tower, in bf16 with weights kept in float32, fixed random features."""
-    from qwen2vl_fast import Qwen2VL
-    from qwen2vl_fast.cli import NANO
+    from qwen2vl_fast.training.nano import initial_model
 
     with backends.using(backend):
-        tower = Qwen2VL.from_pretrained(NANO, device=device, dtype=torch.bfloat16).visual
+        tower = initial_model(0).visual.to(device, torch.bfloat16)
         grid = torch.tensor([[1, 12, 8], [2, 6, 6], [1, 20, 14]])
         pixels = randn(int(grid.prod(1).sum()), 1176, device=device, dtype=torch.bfloat16)
         target = randn(*tower(pixels, grid).shape, seed=1, device=device)
@@ -420,5 +429,5 @@ def check_training(device: str, steps: int, least: float = 0.9) -> None:
 
 
 @pytest.mark.gpu
-def test_training_goes_as_with_torch():
+def test_training_goes_as_with_torch(two_passes):
     check_training("cuda", 200)

@@ -167,8 +167,9 @@ def _card(facts: dict[str, Any], measured: dict[str, Any], log: list[dict[str, A
         assistant says and its `<|im_end|>`, and {recipe["probe"]} times the readings' loss, with {recipe["readings"]} further
         pictures a step that are only read. Decoder: the decoder alone, the
         tower frozen. The difficulty of a task rises when {100 * PROMOTE:.0f} % of its validation answers are right.
-        Muon for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]}, gradient norm clipped at {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of
-        warmup, falling to zero over the last {100 * recipe["cooldown"]:.0f} % of the steps; AdamW's
+        Muon for the matrices and AdamW for the rest, weight decay {recipe["weight_decay"]}, gradient norm clipped at
+        {recipe["clip"]}; learning rates after {recipe["warmup"]} steps of warmup, falling to zero over the last
+        {100 * recipe["cooldown"]:.0f} % of the steps; AdamW's
         is {recipe["adamw"]} of Muon's; {recipe["dtype"]}.""",
         table(
             ["steps", "samples", "minutes", "hardware"], [[*(str(facts[k]) for k in ("step", "samples", "minutes")), hardware]]

@@ -101,7 +101,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad, _):
         q, k, v, o, lse = ctx.saved_tensors
         op, lengths, keys, scale, causal = ctx.rest
-        grad = grad.contiguous()
+        grad = guard(grad, strided=True).view  # other strides than those of o
         nan = functools.partial(torch.full, fill_value=torch.nan)
         outputs = [guard(nan(x.shape, dtype=x.dtype), strided=True) for x in (q, k, v)]
         workspace = [guard(nan(lse.shape), strided=False) for _ in range(2)]

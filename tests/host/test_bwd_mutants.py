@@ -41,6 +41,9 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "lse of another row": (
         B, "load_shared_float(stage + STATISTICS + (n * 8 + lane % 4 * 2 + e) * 4);",
         "load_shared_float(stage + STATISTICS + (n * 8 + lane % 4 * 2 + (e ^ 1)) * 4);", check_values),
+    "do is read with the strides of o": (
+        B, "args.grad, first, args.grad_stride_t, queries.head * args.grad_stride_h,",
+        "args.grad, first, p.o_stride_t, queries.head * p.o_stride_h,", check_values),
     "a row without keys has lse -inf": (B, "lse == -INFINITY ? INFINITY : lse", "lse", check_values),
     "the group's last head is left out": (
         B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
