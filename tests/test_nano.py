@@ -184,6 +184,30 @@ def test_a_resumed_run_repeats_the_bits(stage: str, dtype: str, tmp_path: Path) 
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
 
 
+def test_a_stop_between_validations_raises_no_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano.Trainer, "validate", lambda run: dict.fromkeys(TASKS, 1.0))
+    recipe = nano.Recipe(batch=2, tower_batch=2, readings=0, steps=100)
+    for resume in (False, True, True):
+        nano.train(tmp_path, recipe, minutes=0, resume=resume, validate_every=2)
+    facts = json.loads((tmp_path / "checkpoint" / "training.json").read_text("utf-8"))
+    assert facts["step"] == 3 and set(facts["levels"].values()) == {1}  # by the validation that was due at step 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", nano.STAGES)
+def test_training_and_resuming_on_a_device(stage: str, tmp_path: Path) -> None:
+    first = trainer(stage)
+    assert all(weight.is_cuda for weight in first.weights.values())
+    first.train_step()
+    first.save(tmp_path)
+    second = trainer(stage)
+    second.resume(tmp_path)
+    for run in (first, second):
+        run.train_step()
+    for name, weight in first.weights.items():
+        torch.testing.assert_close(second.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_readings_beside_conversations_change_the_tower_alone() -> None:
     """The loss is that of the conversations and the readings' share; the decoder's gradient is that of the conversations."""
     seen = []

@@ -164,7 +164,7 @@ class Trainer:
         parts = {**dict(self.model.named_parameters()), **{f"probe.{n}": p for n, p in self.probe.named_parameters()}}
         self._parts = parts
         # The optimizers work on float32; the model, where it computes in bfloat16, on rounded copies.
-        self.weights = {name: part.detach().clone().requires_grad_() for name, part in parts.items()}
+        self.weights = {name: part.detach().clone().to(_DEVICE).requires_grad_() for name, part in parts.items()}
         for module in (self.model, self.probe):
             module.to(device=_DEVICE, dtype=getattr(torch, recipe.dtype)).train()
         self.optimizers = (
@@ -394,11 +394,13 @@ def train(
         trainer.seconds = before + time.monotonic() - begin
         over = time.monotonic() - begin >= 60 * minutes
         last = trainer.step == recipe.steps or trainer.stage != recipe.stage(trainer.step - 1)
-        if trainer.step % validate_every == 0 or last or over:
+        due = trainer.step % validate_every == 0 or last
+        if due or over:
             accuracy = trainer.validate()
             _log(directory, trainer, float(np.mean(losses)), norm, accuracy)
             losses.clear()
-            trainer.promote(accuracy)
+            if due:  # else a run that is stopped and resumed would be another than one that is not
+                trainer.promote(accuracy)
             trainer.save(directory)
             trainer.export(checkpoint)
             write_json(checkpoint / "training.json", _facts(trainer))

@@ -76,5 +76,5 @@ def load_state(
         with torch.no_grad():
             weight.copy_(value)
         if saved[name]:
-            owners[id(weight)].state[weight] = saved[name]
+            owners[id(weight)].state[weight] = {key: moment.to(weight.device) for key, moment in saved[name].items()}
     return scalars
