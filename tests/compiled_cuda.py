@@ -1,7 +1,8 @@
 """Reads the machine code of the extension's attention kernels: registers, local memory, the instructions of their main loops.
 
 `python -m tests.compiled_cuda` writes docs/cuda_registers.json and what docs/attention.md shows of it;
-tests/test_compiled_cuda.py holds both.
+tests/test_compiled_cuda.py holds both. `python -m tests.compiled_cuda FILE` prints the main loops in the output of
+`cuobjdump -sass`, of a peer's library too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -73,6 +75,17 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
     return min(loops, key=len, default=[])
 
 
+def instructions(code: str) -> list[tuple[int, str]]:
+    """(address, text) of a disassembly."""
+    return [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+
+
+def turn(loop: list[str]) -> dict[str, int]:
+    """How many instructions a turn of a main loop has, in all and of each kind."""
+    kinds = {key: sum(bool(re.search(rf"\b(?:{p})", t)) for t in loop) for key, p in INSTRUCTIONS.items() if loop}
+    return {"loop": len(loop), **kinds}
+
+
 def clocks(row: dict[str, int], arch: str) -> dict[str, int]:
     """Predicted clocks of a turn of the main loop (a block's rows by a step's rows), by unit; it takes the largest at least."""
     return {unit: sum(row[name] * each for name, each in parts.items()) for unit, parts in CLOCKS[arch].items()}
@@ -123,7 +136,7 @@ def table() -> dict[str, Any]:
         registers, shared, threads, reserve = LIMITS[arch]
         for name, text in sorted(names.items()):
             number = {key: int(re.search(rf"{key}:(\d+)", usage[arch][name])[1]) for key in ("REG", "STACK", "LOCAL")}
-            lines = [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+            lines = instructions(text)
             loop = main_loop(lines)
             count, dynamic = sizes[name]
             by_registers = registers // (-(-number["REG"] // 8) * 8 * count)
@@ -132,8 +145,7 @@ def table() -> dict[str, Any]:
             row = rows.setdefault(name, {})[arch] = {
                 "registers": number["REG"], "stack": number["STACK"] + number["LOCAL"],
                 "local": len(re.findall(r"\b(?:LDL|STL)\b", everything)), "shared": dynamic, "blocks": resident,
-                "stores 16": len(re.findall(r"\bSTG\.E\.128", everything)), "loop": len(loop),
-                **{key: sum(bool(re.search(rf"\b(?:{p})", t)) for t in loop) for key, p in INSTRUCTIONS.items() if loop},
+                "stores 16": len(re.findall(r"\bSTG\.E\.128", everything)), **turn(loop),
             }  # fmt: skip
             if loop:
                 row["clocks a step"] = clocks(row, arch)
@@ -188,6 +200,11 @@ def document(text: str, rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        for part in re.split(r"Function\s*:", Path(path).read_text())[1:]:
+            print(part.split()[0], turn(main_loop(instructions(part))))
+    if sys.argv[1:]:
+        raise SystemExit
     found = table()
     TABLE.write_text(json.dumps(found, indent=1) + "\n")
     DOCUMENT.write_text(document(DOCUMENT.read_text(), found))
