@@ -182,16 +182,22 @@ def test_overlap_by_counting_points() -> None:
     assert overlap("<|box_start|>(5,5),(1,1)<|box_end|>", (0, 0, 9, 9)) == overlap("(1,1)", (0, 0, 9, 9)) == 0
 
 
-def test_neighbours_lie_where_the_question_says() -> None:
+@pytest.mark.parametrize("level", range(MAX_LEVEL["relation"] + 1))
+def test_neighbours_lie_where_the_question_says(level: int) -> None:
+    """And nothing else lies on that side."""
+    judged = 0
     for seed in range(150):
-        sample = generate("relation", seed, 0)
+        sample = generate("relation", seed, level)
         word, _, of = sample.question.removeprefix("What is ").removesuffix("?").partition(" the ")
         places = {" ".join(name): (box[:2] + box[2:]) / 2 for name, box in zip(*shown(sample), strict=True)}
         answer = sample.answer.split(" ", 1)[1]
         if of in places and answer in places:
+            judged += 1
+            way = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[word]
+            assert [name for name, place in places.items() if (place - places[of]) @ way > 0.25] == [answer]
             x, y = places[answer] - places[of]
-            assert {"left of": x < 0, "right of": x > 0, "above": y < 0, "below": y > 0}[word]
             assert abs(x) > abs(y) if "of" in word else abs(y) > abs(x)
+    assert judged > 100
 
 
 def test_clips_move_as_they_say() -> None:

@@ -63,8 +63,8 @@ SHARES: dict[str, dict[str, float]] = {
     TEXT: {"copy": 0.75, "sum": 0.25},
     TOWER: {"read": 0.8, "name": 0.03, "count": 0.07, "box": 0.05, "relation": 0.03, "motion": 0.02},
     WHOLE: {
-        "read": 0.3, "name": 0.01, "count": 0.1, "box": 0.14, "relation": 0.24, "compare": 0.02, "motion": 0.01,
-        "order": 0.06, "followup": 0.02, "copy": 0.04, "sum": 0.06,
+        "read": 0.36, "name": 0.01, "count": 0.11, "box": 0.2, "relation": 0.16, "compare": 0.03, "motion": 0.01,
+        "order": 0.04, "followup": 0.03, "copy": 0.02, "sum": 0.03,
     },
 }  # fmt: skip
 SHARES[DECODER] = SHARES[WHOLE]

@@ -122,8 +122,8 @@ def _card(facts: dict[str, Any], measured: dict[str, Any], log: list[dict[str, A
     short = slopes(log, measured)
     missed = [
         f"""The goal was 90 % over all and no task under {100 * GOAL:.0f} %. Where that is missed, this is how far it came and
-        how it moved: validation answers ({VALIDATION_SAMPLES} a point) at the task's last level of difficulty, earlier and
-        later, with the training samples seen:""",
+        how it moved: validation answers ({VALIDATION_SAMPLES} a point, each token given the right ones before it, which the
+        test does not give) at the task's last level of difficulty, earlier and later, with the training samples seen:""",
         table(["task", "earlier", "later", "test"], short),
     ]
     parts: list[str | list[str]] = [

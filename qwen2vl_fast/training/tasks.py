@@ -206,7 +206,10 @@ _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1
 
 
 def _relation(rng: np.random.Generator, level: int) -> Sample:
-    """Shapes on two rows of two places, at the last level three or four: the neighbour of one in a direction."""
+    """Shapes on two rows of two places: the neighbour of one in a direction, the only shape on that side of it.
+
+    Two shapes, at the last level a third one; a fourth, or a third across the corner, would be a second answer.
+    """
     height, width = (int(_pick(rng, _SIDES)) for _ in range(2))
     word = str(_pick(rng, [*_BESIDE]))
     down, across = _BESIDE[word]
@@ -214,8 +217,8 @@ def _relation(rng: np.random.Generator, level: int) -> Sample:
     row = int(rng.integers(2)) if down == 0 else (1 if down < 0 else 0)
     column = int(rng.integers(2)) if across == 0 else (1 if across < 0 else 0)
     taken = [(row, column), (row + down, column + across)]
-    others = [place for place in ((0, 0), (0, 1), (1, 0), (1, 1)) if place not in taken]
-    taken += [others[i] for i in rng.permutation(2)[: int(rng.integers((0, 0, 1)[level], (1, 2, 3)[level]))]]
+    beside = (1 - row, column) if down == 0 else (row, 1 - column)
+    taken += [beside] * int(rng.integers((0, 0, 1)[level], (1, 2, 2)[level]))
     places = []
     for y, x in taken:
         radius = min(height, width) / 4 * (0.6 + 0.3 * rng.random())
