@@ -166,7 +166,8 @@ def test_boxes_are_those_of_the_named_shape() -> None:
         assert right(sample, sample.answer) and overlap(sample.answer, sample.box) > 0.7
         said = [int(n) for n in re.findall(r"\d+", sample.answer)]
         assert np.abs(np.array(said) - sample.box).max() <= BOX_STEP and not any(n % BOX_STEP for n in said)
-        assert not right(sample, sample.answer.replace(name, "thing")) and not right(sample, "")
+        for wrong in (sample.answer.replace(name, "thing"), "", sample.answer + " ", sample.answer * 2, " " + sample.answer):
+            assert not right(sample, wrong)
 
 
 def test_overlap_by_counting_points() -> None:

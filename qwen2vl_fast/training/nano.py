@@ -377,12 +377,16 @@ def train(
     """
     if (directory / STATE).exists() != resume:
         raise ValueError(f"resume: {directory / STATE} {'is missing' if resume else 'exists; pass --resume or another --out'}")
+    if resume and init is not None:
+        raise ValueError("init: a resumed run has weights; leave --init or --resume out")
     checkpoint = directory / "checkpoint"
     write_files(checkpoint)
     trainer = Trainer(recipe, Tokenizer.from_pretrained(checkpoint))
-    begun = {"init": None} if init is None or resume else trainer.start_from(init)
+    begun = {"init": None} if init is None else trainer.start_from(init)
     if resume:
         trainer.resume(directory)
+        if recipe.seed != (seed := trainer.history[-1]["seed"]):
+            raise ValueError(f"seed: the run has {seed}, got {recipe.seed}; another one would repeat or skip samples")
     trainer.history.append({"step": trainer.step, **begun, "shares": SHARES, **asdict(recipe)})
     begin, before = time.monotonic(), trainer.seconds
     losses: list[float] = []

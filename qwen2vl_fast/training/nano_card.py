@@ -26,7 +26,7 @@ from .tasks import (
 LOG = "log.jsonl"
 GOAL = 0.75
 WHAT = {
-    "read": "read 1 to 6 characters, in a quarter of the pictures on two lines",
+    "read": "read 1 to 6 characters, in a quarter of the pictures two lines of up to 4",
     "name": "name colour and shape, or one of them",
     "count": f"count 1 to {MAX_COUNT} shapes",
     "box": "point at one of up to three shapes (IoU of at least 0.5)",

@@ -481,7 +481,9 @@ def overlap(said: str, box: Sequence[int]) -> float:
 
 
 def right(sample: Sample, said: str) -> bool:
-    """Whether an answer is right: every character, or for a box the name and an IoU of at least 0.5."""
+    """Whether an answer is right: every character, or for a box the name, one box with an IoU of at least 0.5, no more."""
     if sample.box is None:
         return said == sample.answer
-    return said.split("<|box_start|>")[0] == sample.answer.split("<|box_start|>")[0] and overlap(said, sample.box) >= 0.5
+    name = sample.answer.split("<|box_start|>")[0]
+    alone = said.startswith(name) and _BOX.fullmatch(said, len(name)) is not None
+    return alone and overlap(said, sample.box) >= 0.5
