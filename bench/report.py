@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -292,6 +293,39 @@ def host(result: Result) -> list[str]:
     return [*lines, "", *table(["op", "calls", "us"], ops)]
 
 
+def summary() -> str:
+    """The whole in a few lines: the range of the ratios of tables that README and docs/bench.md have."""
+    rows = []
+    for stem, what, theirs, ours in SUMMARY:
+        path = RESULTS / f"{stem}.json"
+        result = read(path) if path.exists() else {"rows": []}
+        ratios = [ratio for row in result["rows"] if (ratio := _ratio(row, theirs, ours))]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            cells = [times(value) for value in (min(ratios), mean, max(ratios))]
+            rows.append([result["environment"]["device"], what, theirs, *cells])
+    return "\n".join(table(["on", "what", "how many times as fast as", "least", "mean", "most"], rows))
+
+
+GRAPH = f"{OURS} in a CUDA graph"
+SUMMARY = (
+    ("attention_cuda", "attention of the tower, (a) to (h)", "FlashAttention-3", OURS),
+    ("attention_cuda", "attention of the tower, (a) to (h)", "torch varlen_attn", OURS),
+    ("tower_cuda_bfloat16", "whole tower, (a) to (f)", "transformers sdpa", OURS),
+    ("tower_cuda_bfloat16", "whole tower, (a) to (f), in a CUDA graph", "transformers sdpa", GRAPH),
+    ("patch_cpu_avx512", "patched model, 4 layers, (a) to (f)", "transformers sdpa", "patched"),
+    ("patch_cpu", "patched model, 4 layers, (a), (b)", "transformers sdpa", "patched"),
+    ("patch_cpu_large", "patched model, 4 layers, (d), (f)", "transformers sdpa", "patched"),
+    ("preprocess_cpu", "pictures to pixel rows", "transformers PIL", OURS),
+)
+
+
+def _ratio(row: dict[str, Any], theirs: str, ours: str) -> float | None:
+    """Their median time over ours; None where one of them took no part, and of rows that are no case (a training step)."""
+    facts = row.get("seconds") or {name: one["seconds"] for name, one in row["contenders"].items() if "seconds" in one}
+    return None if " " in row.get("case", "") or ours not in facts else speedup(facts, theirs, ours)
+
+
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "tower": tower,
     "attention": attention,
@@ -307,8 +341,8 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
 
 
 def tables() -> dict[str, Callable[[], str]]:
-    """{name: what stands under it}: one for each result that has a renderer, one for all passes of a device, and nano's."""
-    found: dict[str, Callable[[], str]] = {"nano": nano}
+    """{name: what stands under it}: of each result with a renderer, of all passes of a device, of nano, and of the whole."""
+    found: dict[str, Callable[[], str]] = {"summary": summary, "nano": nano}
     for path in sorted(RESULTS.glob("*.json")):
         for prefix, render in RENDERERS.items():
             if path.stem == prefix or path.stem.startswith(prefix + "_"):

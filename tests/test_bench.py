@@ -379,7 +379,7 @@ def made_up(tmp_path, monkeypatch) -> dict[str, dict]:
 
 def test_every_kind_of_result_has_its_table(made_up):
     known = report.tables()
-    assert set(known) == {"nano", "passes_cuda", *made_up} - {"rope_cuda"}
+    assert set(known) == {"nano", "summary", "passes_cuda", *made_up} - {"rope_cuda"}
     text = report.render({"README.md": "".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in known)})["README.md"]
     for figure in (
         "| 612 |",
@@ -398,6 +398,19 @@ def test_every_kind_of_result_has_its_table(made_up):
         assert figure in text, figure
     assert "sources 0123456789ab" in text and "matrix product 8192^3 bfloat16 800 TFLOP/s" in text
     assert text.count("docs/plots/") == 5
+
+
+def test_the_summary_has_the_extremes_and_the_geometric_mean(made_up):
+    path = report.RESULTS / "tower_cuda_bfloat16.json"
+    result = json.loads(path.read_text())
+    row = result["rows"][0]
+    ours = {"qwen2vl_fast": {"median": 2.0}}
+    rows = [{**row, "seconds": {"transformers sdpa": {"median": median}, **ours}} for median in (1.0, 16.0)]
+    rows.append({**row, "seconds": ours})
+    path.write_text(json.dumps({**result, "rows": rows}))
+    device = result["environment"]["device"]
+    lines = [line for line in report.summary().splitlines() if "tower, (a) to (f)" in line]
+    assert lines == [f"| {device} | whole tower, (a) to (f) | transformers sdpa | 0.50x | 2.00x | 8.00x |"]
 
 
 @pytest.mark.parametrize(
