@@ -2,7 +2,7 @@
 
 qwen2vl-fast bench preprocess [--peers NAME ...] [--threads 2] [--json] [--save]
 
-Every contender opens the file, decodes, resizes, normalises and cuts into patches. With --threads 1 processor time is told,
+Every contender opens the files, decodes, resizes, normalises and cuts into patches. With --threads 1 processor time is told,
 which other work on the machine hardly lengthens. Besides, on a CUDA device: rows made there, in bfloat16.
 """
 
@@ -23,11 +23,12 @@ from qwen2vl_fast.media import MAX_PIXELS, MIN_PIXELS, load_image, preprocess_im
 from qwen2vl_fast.reference import IMAGE_STD
 
 PICTURES = ROOT / "qwen2vl_fast" / "assets" / "pictures"
-SIZES = {  # (source, width, height)
-    "thumbnail 448 x 448": ("photo.jpg", 448, 448),
-    "photo 1280 x 720": ("photo.jpg", 1280, 720),
-    "photo 1920 x 1080": ("photo.jpg", 1920, 1080),
-    "page 1240 x 1754": ("page.png", 1240, 1754),
+CASES = {  # (source, width, height, pictures in a call)
+    "thumbnail 448 x 448": ("photo.jpg", 448, 448, 1),
+    "photo 1280 x 720": ("photo.jpg", 1280, 720, 1),
+    "photo 1920 x 1080": ("photo.jpg", 1920, 1080, 1),
+    "page 1240 x 1754": ("page.png", 1240, 1754, 1),
+    "8 photos 1280 x 720 in a call": ("photo.jpg", 1280, 720, 8),
 }
 OURS, PIL, VISION, UTILS = "qwen2vl_fast", "transformers PIL", "transformers torchvision", "qwen-vl-utils + transformers PIL"
 PACKAGES = {VISION: "torchvision", UTILS: "qwen-vl-utils torchvision"}
@@ -35,23 +36,27 @@ OURS_CUDA, VISION_CUDA = "qwen2vl_fast, rows on the GPU", "transformers torchvis
 PEERS = (PIL, VISION, UTILS, VISION_CUDA)
 LEVEL = 1 / 255 / max(IMAGE_STD)  # a grey level, at least, in normalised rows
 ALLOWED = {OURS: 1e-5, OURS_CUDA: LEVEL}  # largest differences of our rows; those on the GPU are bfloat16
-Rows = Callable[[str], torch.Tensor]
+Rows = Callable[[list[str]], torch.Tensor]
 
 
-def ours(path: str) -> torch.Tensor:
-    return preprocess_images([path])[0]
+def ours(paths: list[str]) -> torch.Tensor:
+    return preprocess_images(paths)[0]
 
 
 def ours_on(device: str) -> Rows:
     """The file is decoded on the host; its pixels are resized, normalised and cut on the device."""
 
-    def rows(path: str) -> torch.Tensor:
+    def one(path: str) -> torch.Tensor:
         image = load_image(path)
         size = resized(image.height, image.width, MIN_PIXELS, MAX_PIXELS, path)
         frames = torch.from_numpy(np.array(image)).to(device, non_blocking=True).expand(2, -1, -1, -1)
         return ops.patchify(frames, dtype=torch.bfloat16, size=size)
 
-    return rows
+    return lambda paths: torch.cat([one(path) for path in paths])
+
+
+def opened(path: str) -> Image.Image:
+    return Image.open(path).convert("RGB")
 
 
 def transformers_pil() -> Rows:
@@ -60,7 +65,7 @@ def transformers_pil() -> Rows:
     except ImportError:  # before transformers 5 the one on PIL had the plain name
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
     processor = Processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-    return lambda path: processor(images=[Image.open(path).convert("RGB")], return_tensors="pt")["pixel_values"]
+    return lambda paths: processor(images=list(map(opened, paths)), return_tensors="pt")["pixel_values"]
 
 
 def transformers_torchvision(device: str) -> Rows:
@@ -69,7 +74,7 @@ def transformers_torchvision(device: str) -> Rows:
 
     processor = Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     more = {"device": device} if device != "cpu" else {}
-    return lambda path: processor(images=[Image.open(path).convert("RGB")], return_tensors="pt", **more)["pixel_values"]
+    return lambda paths: processor(images=list(map(opened, paths)), return_tensors="pt", **more)["pixel_values"]
 
 
 def qwen_vl_utils() -> Rows:
@@ -81,9 +86,9 @@ def qwen_vl_utils() -> Rows:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
     processor = Processor(do_resize=False)
 
-    def rows(path: str) -> torch.Tensor:
-        image = fetch_image({"image": path, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS})
-        return processor(images=[image], return_tensors="pt")["pixel_values"]
+    def rows(paths: list[str]) -> torch.Tensor:
+        images = [fetch_image({"image": path, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}) for path in paths]
+        return processor(images=images, return_tensors="pt")["pixel_values"]
 
     return rows
 
@@ -111,13 +116,13 @@ def contenders(cuda: bool) -> tuple[dict[str, Rows], dict[str, str]]:
     return found, missing
 
 
-def pictures(folder: Path) -> dict[str, str]:
-    """{name: JPEG file}, from the pictures of the repository."""
+def pictures(folder: Path) -> dict[str, list[str]]:
+    """{name: JPEG files of a call}, from the pictures of the repository."""
     paths = {}
-    for name, (source, width, height) in SIZES.items():
+    for name, (source, width, height, count) in CASES.items():
         path = folder / f"{width}x{height}.jpg"
-        Image.open(PICTURES / source).convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(path, quality=90)
-        paths[name] = str(path)
+        opened(str(PICTURES / source)).resize((width, height), Image.Resampling.LANCZOS).save(path, quality=90)
+        paths[name] = [str(path)] * count
     return paths
 
 
@@ -142,18 +147,18 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
     for name, reason in missing.items():
         say(options, f"{name}: {reason}")
     rows = []
-    for name, path in pictures(folder).items():
-        expected = judge(path).float()
+    for name, paths in pictures(folder).items():
+        expected = judge(paths).float()
         facts: dict[str, dict[str, Any]] = {contender: {"missing": reason} for contender, reason in missing.items()}
         for contender, run in found.items():
-            out = run(path).float().cpu()
+            out = run(paths).float().cpu()
             facts[contender] = compare(out, expected)
             if contender in ALLOWED and not facts[contender].get("largest_difference", float("inf")) <= ALLOWED[contender]:
                 raise RuntimeError(f"{contender}, {name}: other rows than transformers', {facts[contender]}")
 
-        def one(run: Rows, path: str = path) -> Callable[[], None]:
+        def one(run: Rows, paths: list[str] = paths) -> Callable[[], None]:
             def call() -> None:
-                out = run(path)
+                out = run(paths)
                 if out.is_cuda:
                     torch.cuda.synchronize()
 
@@ -162,12 +167,12 @@ def race(options: Any, folder: Path) -> list[dict[str, Any]]:
         runs = {contender: one(run) for contender, run in found.items() if "missing" not in facts[contender]}
         seconds = measure(runs, repeats=options.repeats, device="cpu")
         for contender, value in seconds.items():
-            facts[contender] |= {"seconds": value, "images_per_second": 1 / value["median"]}
+            facts[contender] |= {"seconds": value, "images_per_second": len(paths) / value["median"]}
         rows.append({"picture": name, "rows": len(expected), "threads": options.threads, "contenders": facts})
         say(options, f"{name}, {len(expected)} rows")
         for contender, value in seconds.items():
             against = f"  {seconds[PIL]['median'] / value['median']:.2f}x {PIL}" if PIL in seconds else ""
-            say(options, f"  {contender:<36} {1 / value['median']:8.1f} images/s{against}")
+            say(options, f"  {contender:<36} {len(paths) / value['median']:8.1f} images/s{against}")
         keep(name_of(), options, rows)
     return rows
 

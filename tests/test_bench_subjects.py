@@ -203,10 +203,12 @@ def test_a_model_that_trains_on_something_else_is_not_timed(monkeypatch, narrow)
 
 
 def test_preprocess(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "SIZES", {"thumbnail": ("photo.jpg", 112, 112)})
+    monkeypatch.setattr(preprocess, "CASES", {"thumbnail": ("photo.jpg", 112, 112, 2)})
     preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
-    assert row["contenders"][preprocess.OURS]["largest_difference"] < 1e-5
+    facts = row["contenders"][preprocess.OURS]
+    assert facts["largest_difference"] < 1e-5 and row["rows"] == 128
+    assert facts["images_per_second"] == pytest.approx(2 / facts["seconds"]["median"])
     preprocess.main(["--repeats", "1", "--save", str(tmp_path), "--peers", preprocess.VISION])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
     assert set(row["contenders"]) == {preprocess.OURS, preprocess.OURS_CUDA, preprocess.VISION}
@@ -222,16 +224,16 @@ def test_a_processor_that_is_not_installed_says_how_to_get_it(monkeypatch):
 
 def test_rows_of_something_else_are_not_timed(tmp_path, monkeypatch, capsys):
     """A peer's are a row that says so; ours are an error, by whatever they differ."""
-    monkeypatch.setattr(preprocess, "SIZES", {"thumbnail": ("photo.jpg", 112, 112)})
+    monkeypatch.setattr(preprocess, "CASES", {"thumbnail": ("photo.jpg", 112, 112, 2)})
     contenders = preprocess.contenders(False)[0]
-    upside_down = lambda path: contenders[preprocess.PIL](path).flip(0)  # noqa: E731
-    cut = lambda path: contenders[preprocess.PIL](path)[1:]  # noqa: E731
+    upside_down = lambda paths: contenders[preprocess.PIL](paths).flip(0)  # noqa: E731
+    cut = lambda paths: contenders[preprocess.PIL](paths)[1:]  # noqa: E731
     others = {preprocess.VISION: upside_down, preprocess.UTILS: cut}
     monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | others, {}))
     preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
     assert "grey levels off" in row["contenders"][preprocess.VISION]["missing"]
-    assert "(63, 1176) instead of (64, 1176)" in row["contenders"][preprocess.UTILS]["missing"]
+    assert "(127, 1176) instead of (128, 1176)" in row["contenders"][preprocess.UTILS]["missing"]
     monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | {preprocess.OURS: upside_down}, {}))
     with pytest.raises(RuntimeError, match="other rows than transformers'"):
         preprocess.main(["--repeats", "1"])
