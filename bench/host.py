@@ -52,6 +52,7 @@ def no_kernels() -> Iterator[None]:
         (qwen2vl_fast, "_C", extension),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
         (module("ops.backends"), "extension_error", nothing),
         (module("ops.backends"), "driver_error", nothing),
         (module("ops.attention_cuda"), "refuses", nothing),

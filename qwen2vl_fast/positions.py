@@ -7,6 +7,7 @@ A grid row is (t, h, w): frame pairs, patch rows, patch columns. Patches are sto
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,6 +15,9 @@ from numbers import Integral
 import torch
 
 _MAX_PATCHES = 2**31 - 1  # boundaries are int32
+# Of the backward: clocks of a step in blocks of 64 keys over those of one of as many pairs in blocks of 128, by the machine
+# code; and those of a block alone on a multiprocessor over its share of two, as measured of the forward.
+_SMALL_STEP, _ALONE = 1.14, 1.4
 
 
 def vision_position_ids(grid_thw: torch.Tensor, merge_size: int = 2) -> torch.Tensor:
@@ -164,8 +168,8 @@ class AttentionSchedule:
 
     cu_seqlens: [N + 1] int32 on the device. lengths: the N segment lengths, on the host. max_seqlen: their maximum.
     total: their sum T. Lists of work of the extension for these heads, this head dim and this mask, [M, 8] int32 on a CUDA
-    device, None elsewhere: tiles, of the forward, in blocks of block_m query rows; key_tiles, in blocks of key_rows keys, and
-    query_tiles, of the backward, None where none was asked for.
+    device, None elsewhere: tiles, of the forward, in blocks of block_m query rows; key_tiles and query_tiles, of the backward,
+    in blocks of backward_m keys and queries, None where none was asked for.
     """
 
     cu_seqlens: torch.Tensor
@@ -178,19 +182,9 @@ class AttentionSchedule:
     causal: bool
     block_m: int
     tiles: torch.Tensor | None
-    key_rows: int = 0
+    backward_m: int = 0
     key_tiles: torch.Tensor | None = None
     query_tiles: torch.Tensor | None = None
-
-
-def backward_keys(head_dim: int) -> int:
-    """Rows of the backward's blocks of keys: what registers hold."""
-    return 128 if head_dim <= 80 else 64
-
-
-def backward_queries(head_dim: int) -> int:
-    """Rows of its blocks of queries: what shared memory holds."""
-    return 128 if head_dim <= 80 else 64
 
 
 def attention_schedule(
@@ -215,18 +209,18 @@ def attention_schedule(
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
     lengths, device = tuple(cu_seqlens.diff().tolist()), torch.device(device)
-    block_m, key_rows, lists = 0, 0, {"tiles": None}
+    block_m, backward_m, lists = 0, 0, {"tiles": None}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
         block_m = block_rows(lengths, heads, head_dim, capability, causal)
         lists["tiles"] = attention_tiles(cu_seqlens, heads, block_m, causal)
         if capability == (9, 0) and not causal:  # causal tiles of one segment differ in length, and short ones end the list
-            workers = torch.cuda.get_device_properties(device).multi_processor_count
-            lists["tiles"] = dealt_tiles(lists["tiles"], workers)
+            lists["tiles"] = dealt_tiles(lists["tiles"], processors)
         if torch.is_grad_enabled() if backward is None else backward:
-            key_rows = backward_keys(head_dim)
-            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, key_rows, causal)
-            lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_queries(head_dim), causal)
+            backward_m = backward_rows(lengths, heads_k, head_dim, processors, causal)
+            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, backward_m, causal)
+            lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_m, causal)
         lists = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items()}
     return AttentionSchedule(
         cu_seqlens=cu_seqlens.to(device, non_blocking=True),
@@ -238,7 +232,7 @@ def attention_schedule(
         head_dim=head_dim,
         causal=causal,
         block_m=block_m,
-        key_rows=key_rows,
+        backward_m=backward_m,
         **lists,
     )
 
@@ -265,6 +259,36 @@ def _hopper_microseconds(lengths: Sequence[int], heads: int, rows: int) -> float
     cost = 1.6 + {192: 1.30, 128: 1.10}[rows] * -(-length // 96)
     longest = int(count[length == max(lengths, default=0)].sum())
     return max(float((count * cost).sum()) / 132, -(-longest // 132) * float(cost.max()) if longest else 0.0)
+
+
+def backward_rows(lengths: Sequence[int], heads_k: int, head_dim: int, processors: int, causal: bool) -> int:
+    """Keys of a block of the backward, and queries of one of its second pass: docs/attention.md has the counts behind it.
+
+    Blocks of 64 cost more for a pair of a query and a key. They serve where those of 128 would pad the lengths much, or leave
+    a device of so many multiprocessors idle.
+    """
+    if head_dim > 80:
+        return 64
+    large, small = (backward_steps(lengths, heads_k, rows, processors, causal) for rows in (128, 64))
+    return 64 if _SMALL_STEP * small < large else 128
+
+
+def backward_steps(lengths: Sequence[int], heads_k: int, rows: int, processors: int, causal: bool) -> float:
+    """Steps of the busiest multiprocessor, for each query head of a key head: no less than an equal share, nor than its blocks
+    of the longest segments. Two blocks are resident; one that has its multiprocessor to itself takes _ALONE times its share.
+    """
+    queries = {128: 32, 64: 64}[rows]  # of a step
+    total = longest = count = 0
+    for length, segments in Counter(lengths).items():
+        blocks, steps = -(-length // rows), -(-length // queries)
+        unseen = rows // queries * blocks * (blocks - 1) // 2 if causal else 0
+        total += segments * (blocks * steps - unseen)
+        if steps > longest:
+            longest, count = steps, 0
+        if steps == longest:
+            count += segments * (1 if causal else blocks)
+    turns = -(-count * heads_k // processors)
+    return max(total * heads_k / processors, longest * (turns + (_ALONE - 1) * (turns % 2)))
 
 
 def attention_tiles(cu_seqlens: torch.Tensor, heads: int, rows: int, causal: bool) -> torch.Tensor:

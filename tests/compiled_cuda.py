@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.attention import CASES
+from bench.static_model import DEVICES
+from qwen2vl_fast.positions import backward_rows, backward_steps
 from tests.host import build
 from tests.test_package import cuobjdump
 
@@ -45,6 +48,8 @@ BACKWARD = {
     "dq added": ("BackwardKeys<bf16, 80, 2, 32, add dq>",),
     "two passes": ("BackwardKeys<bf16, 80, 2, 32, two passes>", "BackwardQueries<bf16, 80, 2, 32>"),
 }
+SIZES = {64: "1, 64", 128: "2, 32"}  # rows of a block -> the same kernels by their names
+DEVICE_CODE = {"A100": "sm_80", "H100": "sm_90a"}
 WORDS = {"bf16": "true", "fp16": "false", "add dq": "true", "two passes": "false"}  # of a kernel's name, in C++
 FAMILIES = r"(ForwardSm80|BackwardKeys|BackwardQueries|RowSums|RoundDq|BuildTiles)"
 
@@ -181,7 +186,7 @@ def predicted(rows: dict[str, Any]) -> str:
     """The backward beside FlashAttention-2's, as a table."""
     head = "| | way | tensor | port | exponentials | instructions | all | FlashAttention-2 / this |"
     lines = [head, f"| --- | --- {'| --: ' * 6}|"]
-    for device, arch in (("A100", "sm_80"), ("H100", "sm_90a")):
+    for device, arch in DEVICE_CODE.items():
         found = backward_clocks(rows, arch)
         for way, row in found.items():
             values = [str(row[unit]) for unit in ("tensor", "shared", "ex2", "issue", "all")]
@@ -190,9 +195,32 @@ def predicted(rows: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shared_clocks(rows: dict[str, Any], arch: str, way: str, size: int, dim: int = 80) -> float:
+    """Clocks for 4096 pairs in blocks of `size` rows, when the units of a block take turns and two blocks share them."""
+    names = [name.replace("80, 2, 32", f"{dim}, {SIZES[size]}") for name in BACKWARD[way]]
+    return sum(sum(clocks(rows["kernels"][name][arch], arch).values()) for name in names) / 2
+
+
+def blocks(rows: dict[str, Any]) -> str:
+    """Microseconds of the backward's large kernels by the rows of their blocks, and the rows that are taken, as a table."""
+    columns = [f"{device}: {way}, {size}" for device in DEVICE_CODE for way in BACKWARD for size in SIZES]
+    columns[4:4], columns[9:] = ["taken"], ["taken"]
+    lines = [f"| | {' | '.join(columns)} |", f"| --- {'| --: ' * len(columns)}|"]
+    for case, lengths in (CASES | {"600 x 64": 600 * (64,)}).items():
+        values = []
+        for device, arch in DEVICE_CODE.items():
+            model = DEVICES[device]
+            steps = {size: backward_steps(lengths, 16, size, model.multiprocessors, False) for size in SIZES}
+            times = [steps[size] * shared_clocks(rows, arch, way, size) / model.clock for way in BACKWARD for size in SIZES]
+            values += [f"{1e6 * time:.0f}" for time in times]
+            values.append(str(backward_rows(lengths, 16, 80, model.multiprocessors, False)))
+        lines.append(f"| {f'({case})' if case in CASES else case} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
 def document(text: str, rows: dict[str, Any]) -> str:
     """The text of docs/attention.md with the tables between their marks."""
-    for name, write in (("machine code", readable), ("backward", predicted)):
+    for name, write in (("machine code", readable), ("blocks", blocks), ("backward", predicted)):
         start = f"<!-- {name} -->\n"
         before, _, rest = text.partition(start)
         text = before + start + write(rows) + END + rest.partition(END)[2]

@@ -6,8 +6,19 @@ import json
 
 import pytest
 
+from qwen2vl_fast import positions
 from qwen2vl_fast.ops.backends import extension_error
-from tests.compiled_cuda import DOCUMENT, TABLE, backward_clocks, clocks, document, main_loop, table
+from tests.compiled_cuda import (
+    DEVICE_CODE,
+    DOCUMENT,
+    TABLE,
+    backward_clocks,
+    clocks,
+    document,
+    main_loop,
+    shared_clocks,
+    table,
+)
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
 # Products of one turn of the main loop: a warp's rows (M_TILES * 16) and a step's rows as tiles of 16 x 8, over D / 16 or over
@@ -65,6 +76,20 @@ def test_the_backward_is_predicted_to_lead():
         found = backward_clocks(rows, arch)
         assert found["FlashAttention-2"]["tensor"] == 5 * 64 * 128 * 96 // (4 * products) // 2
         assert found["FlashAttention-2"]["all"] >= 1.1 * found["dq added"]["all"]
+
+
+def test_the_price_of_small_blocks():
+    """What positions.backward_rows chooses by is the mean of both devices and head dims where dq is added, and near each; what
+    that choice loses with two passes."""
+    rows = json.loads(TABLE.read_text())
+
+    def prices(way: str, dim: int) -> list[float]:
+        return [shared_clocks(rows, a, way, 64, dim) / shared_clocks(rows, a, way, 128, dim) for a in DEVICE_CODE.values()]
+
+    added = prices("dq added", 64) + prices("dq added", 80)
+    assert positions._SMALL_STEP == round(sum(added) / len(added), 2)
+    assert all(abs(price - positions._SMALL_STEP) < 0.03 for price in added)
+    assert max(prices("two passes", 80)) < 1.09 * positions._SMALL_STEP
 
 
 def test_products_are_those_that_the_algorithm_needs():

@@ -242,9 +242,17 @@ def hold(lengths, *, keys=None, deterministic=False, name="", **options) -> None
           name=label)  # fmt: skip
 
 
+@pytest.fixture(params=[64, 128])
+def blocks(request, monkeypatch) -> int:
+    """Rows of the backward's blocks, whatever the lengths."""
+    for module in (positions, attention_cuda):
+        monkeypatch.setattr(module, "backward_rows", lambda *arguments: request.param if arguments[2] <= 80 else 64)
+    return request.param
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(60))
-def test_random_lengths(seed, kernel):
+def test_random_lengths(seed, kernel, blocks):
     rng = random.Random(seed)
     heads_k, count = rng.choice((1, 2, 3)), rng.randint(1, 6)
 
@@ -260,7 +268,7 @@ def test_random_lengths(seed, kernel):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-def test_isolation(causal, kernel):
+def test_isolation(causal, kernel, blocks):
     """Alone, in a pack, beside NaN: the same bits, outputs and (deterministic) gradients; with and without a schedule."""
     lengths = [70, 1, 300, 129]
     tensors, rest = packed(lengths, causal=causal)
@@ -278,13 +286,42 @@ def test_isolation(causal, kernel):
         (o,), found = evaluate(function, Call(ill, rest), upstream)
         for a, b in (pair for j, pair in enumerate(pairwise(starts)) if j != i):
             assert same_bits(o[a:b], expected[a:b]) and all(same_bits(found[n][a:b], g[a:b]) for n, g in grads.items())
-    schedule = positions.attention_schedule(rest["cu_seqlens"].cpu(), heads=4, device="cuda", causal=causal)
-    assert same_bits(op(**tensors, **rest, schedule=schedule), expected)
+    schedule = positions.attention_schedule(rest["cu_seqlens"].cpu(), heads=4, heads_k=2, device="cuda", causal=causal)
+    (o,), found = evaluate(function, Call(tensors, {**rest, "schedule": schedule}), upstream)
+    assert same_bits(o, expected) and all(same_bits(found[n], g) for n, g in grads.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_sizes_change_no_bit(dim, causal, monkeypatch):
+    """What the lengths choose, here 64 and 128 with a schedule, and what is taken without one: the same gradients, but for dq
+    where it is added."""
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    for lengths, rows in ([64] * 600, 64), ([1024] * 16 + [9, 300, 129], 128):
+        assert positions.backward_rows(lengths, 16, dim, processors, False) == rows
+        tensors, rest = packed(lengths, heads=16, heads_k=16, dim=dim, causal=causal)
+        upstream = upstream_of((tensors["q"],), 0)
+        for deterministic in (True, False):
+            found = []
+            for size in (None, 64, 128):
+                with monkeypatch.context() as patch:
+                    for module in (positions, attention_cuda) if size else ():
+                        patch.setattr(module, "backward_rows", lambda *_, size=size: size)
+                    schedule = positions.attention_schedule(
+                        rest["cu_seqlens"].cpu(), heads=16, head_dim=dim, device="cuda", causal=causal, backward=True
+                    )
+                    assert schedule.backward_m == size or size is None
+                    for extra in ({}, {"schedule": schedule}):
+                        function = functools.partial(op, deterministic=deterministic, **extra)
+                        found.append(evaluate(function, Call(tensors, rest), upstream)[1])
+            for grads in found[1:]:
+                assert all(same_bits(grads[n], found[0][n]) for n in grads if deterministic or n != "q")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_no_races(dim, kernel):
+def test_no_races(dim, kernel, blocks):
     """The same bits 250 times, forward; 1000 times, the deterministic gradients, and those of k and v where dq is added."""
     tensors, rest = packed([1024, 300, 77], heads=16, heads_k=16, dim=dim)
     first = op(**tensors, **rest, return_lse=True)
@@ -327,7 +364,7 @@ def test_beyond_2_31_elements(kernel):
 
 
 @pytest.mark.gpu
-def test_graph_capture_and_no_sync(kernel, two_passes):
+def test_graph_capture_and_no_sync(kernel, two_passes, blocks):
     tensors, rest = packed([256, 100])
 
     def run() -> dict[str, torch.Tensor]:

@@ -56,6 +56,7 @@ def several(check: Callable[..., None], module: str, name: str, values, **option
 
 in_ops, in_reference, in_positions = (partial(of, module) for module in ("ops", "reference", "positions"))
 vision = several(places.check_vision, "positions", "grids", places.GRIDS)
+choice = of("positions", places.check_backward_rows)
 keys = several(lists.check_key_tiles, "positions", "causal", (False, True))
 mixed = several(places.check_mrope_positions, "positions", "seed", range(12), padding="scattered")
 
@@ -91,6 +92,10 @@ POSITION_MUTANTS = [
      "unseeing = torch.zeros_like(first)", keys),
     ("the first block's diagonal for all", "head, unseeing - first)", "head, unseeing)", keys),
     ("short segments first", "lengths.argsort(descending=True, stable=True)", "lengths.argsort(stable=True)", keys),
+    ("blocks of 64 for nothing", "_SMALL_STEP * small < large", "small < large", choice),
+    ("a block alone is as fast as two", "(_ALONE - 1) * (turns % 2)", "0", choice),
+    ("idle multiprocessors are not seen", "longest * (turns +", "0 * (turns +", choice),
+    ("all blocks see all queries", "2 if causal else 0", "2 if False else 0", choice),
     ("no first boundary", "torch.cat((ends.new_zeros(1), ends))", "torch.cat((ends.new_zeros(0), ends))", vision),
     ("advance by the sides alone", "torch.maximum(frames, torch.maximum(rows, columns))", "torch.maximum(rows, columns)",
      mixed),

@@ -65,7 +65,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
             (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
         ],
         "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
-        "vision_attention": [(leaf(9, 3, 2, 16), *vision, bounds, None, 0, None, None, 0.25, True, "torch", "torch")],
+        "vision_attention": [(leaf(9, 3, 2, 16), *vision, bounds, None, 0, None, None, 0, 0.25, True, "torch", "torch")],
         "vision_attention_backward": [],  # by the gradients of the one above
         "varlen_attention_cuda": extension_calls(device),
         "varlen_attention_cuda_backward": [],  # by the gradients of the one above; alone it needs what that one returns
@@ -85,7 +85,7 @@ def extension_calls(device: str) -> list[tuple]:
         return []
     q, k, v = (randn(9, heads, 80, device=device, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
     bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
-    return [(q, k, v, bounds, bounds, None, 0, None, None, 0.25, causal, True) for causal in (True, False)]
+    return [(q, k, v, bounds, bounds, None, 0, None, None, 0, 0.25, causal, True) for causal in (True, False)]
 
 
 def registered() -> set[str]:

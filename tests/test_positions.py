@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import random
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -297,6 +298,52 @@ def test_schedule():
     assert torch.equal(schedule.cu_seqlens, positions.vision_cu_seqlens(grid))
     empty = positions.attention_schedule(torch.zeros(1, dtype=torch.int32), heads=2, device="cpu")
     assert (empty.lengths, empty.max_seqlen, empty.total) == ((), 0, 0)
+
+
+def busiest(lengths, heads_k: int, rows: int, processors: int, causal: bool) -> float:
+    """Steps of the busiest multiprocessor, block by block."""
+    found = []
+    for length, _ in itertools.product(lengths, range(heads_k)):
+        for first in range(0, length, rows):
+            found.append(len(range(0, length - first if causal else length, 32 if rows == 128 else 64)))
+    held = [0] * processors
+    for i in range(found.count(max(found, default=0))):
+        held[i % processors] += 1
+    pairs, alone = divmod(max(held), 2)
+    return max(sum(found) / processors, (2 * pairs + 1.4 * alone) * max(found, default=0))
+
+
+def check_backward_rows(positions=positions) -> None:
+    """The choice is that of brute force at every edge of a block and a step, in few and in many blocks."""
+    packs = [(), (0, 0), (1024, 1), (900, 900, 0, 1024), *((length,) * count for length in LENGTHS for count in (1, 3, 40))]
+    found = set()
+    for lengths, processors, causal in itertools.product(packs, (1, 7, 108), (False, True)):
+        large, small = (busiest(lengths, 2, rows, processors, causal) for rows in (128, 64))
+        for rows, steps in ((128, large), (64, small)):
+            assert positions.backward_steps(lengths, 2, rows, processors, causal) == pytest.approx(steps, abs=1e-9)
+        chosen = positions.backward_rows(lengths, 2, 80, processors, causal)
+        assert chosen == (64 if 1.14 * small < large else 128), (lengths, processors, causal)
+        assert positions.backward_rows(lengths, 2, 128, processors, causal) == 64
+        found.add((chosen, processors, causal))
+    assert len(found) == 12
+
+
+LENGTHS = [edge + i for edge in (32, 64, 128, 160, 192, 256, 320, 448, 512) for i in (-1, 0, 1)]
+
+
+def test_backward_rows():
+    check_backward_rows()
+
+
+@pytest.mark.parametrize("processors", [108, 132])
+def test_blocks_of_the_cases(processors):
+    """What docs/attention.md says of them, at the tower's 16 heads."""
+    for lengths, rows in (
+        ((1024,), 64), ((1024,) * 4, 128), ((256,) * 64, 128), ((16384,), 128), ((1008,) * 32, 128),
+        ((64,) * 600, 64), ((33,) * 600, 64), ((32,) * 600, 128), ((160,) * 600, 128), ((161,) * 600, 64), ((192,) * 600, 64),
+        ((193,) * 600, 128), ((320,) * 600, 64), ((448,) * 600, 64), ((512,) * 600, 128),
+    ):  # fmt: skip
+        assert positions.backward_rows(lengths, 16, 80, processors, False) == rows, lengths
 
 
 @pytest.mark.gpu

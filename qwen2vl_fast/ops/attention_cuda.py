@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..positions import AttentionSchedule, backward_keys, backward_queries, block_rows
+from ..positions import AttentionSchedule, backward_rows, block_rows
 from .backends import define
 
 HEAD_DIMS = (64, 80, 128)
@@ -31,14 +31,14 @@ def attention(q, k, v, bounds, bounds_k, schedule, scale, causal, deterministic)
 
 
 def lists_of(schedule: AttentionSchedule | None, q: torch.Tensor, k: torch.Tensor, causal: bool):
-    """(tiles, their rows, key_tiles, query_tiles) of the schedule as far as they are those of such a call, else None."""
+    """(tiles, their rows, key_tiles, query_tiles, rows of both) of the schedule as far as they are those of such a call, else
+    None and 0."""
     if schedule is None or (schedule.heads, schedule.head_dim, schedule.causal) != (*q.shape[1:], causal):
-        return None, 0, None, None
+        return None, 0, None, None, 0
     if schedule.tiles is None or schedule.tiles.device != q.device:  # a kernel can't read another device's memory
-        return None, 0, None, None
-    own = (schedule.heads_k, schedule.key_rows) == (k.shape[1], backward_keys(q.shape[2]))
-    key_tiles = schedule.key_tiles if own else None
-    return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles
+        return None, 0, None, None, 0
+    key_tiles = schedule.key_tiles if schedule.heads_k == k.shape[1] else None
+    return schedule.tiles, schedule.block_m, key_tiles, schedule.query_tiles, schedule.backward_m
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -99,27 +99,41 @@ def forward(q, k, v, bounds, bounds_k, tiles, rows, scale, causal):
     return o, lse
 
 
-def backward(grads, grad, q, k, v, o, lse, bounds, bounds_k, key_tiles, query_tiles, scale, causal, deterministic) -> None:
-    """Writes dq, dk, dv into `grads`, whose rows start at multiples of 16 bytes; a list that is None is built on the device."""
+def backward(
+    grads, grad, q, k, v, o, lse, bounds, bounds_k, key_tiles, query_tiles, rows, scale, causal, deterministic
+) -> None:  # fmt: skip
+    """Writes dq, dk, dv into `grads`, whose rows start at multiples of 16 bytes; a list that is None is built on the device.
+
+    rows: of the lists' blocks; 0, where there is none, is chosen as for equal lengths, since the host knows no others. Either
+    size gives dk and dv, and dq of two passes, the same bits.
+    """
     from .. import _C
 
     grad, q, k, v, o = map(_readable, (grad, q, k, v, o))
     workspace = lse.new_empty((2, *lse.shape))
     dq_sum = None if deterministic else lse.new_empty(q.shape)
     lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
-    rows, key_rows = backward_queries(q.shape[2]), backward_keys(q.shape[2])
+    if not rows:
+        count = max(bounds.numel() - 1, 1)
+        length = (math.ceil(k.shape[0] / count),)
+        if causal and bounds.data_ptr() != bounds_k.data_ptr():
+            length = ()  # the size alone: a block may begin at any query, and so decides which of them an mma adds at once
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        rows = backward_rows(length, count * k.shape[1], q.shape[2], processors, causal)
     if query_tiles is None:
         query_tiles = _tiles(*lengths, q.shape[1], rows, causal, False)
     if key_tiles is None:
-        key_tiles = _tiles(*lengths, k.shape[1], key_rows, causal, True)
+        key_tiles = _tiles(*lengths, k.shape[1], rows, causal, True)
     _C.varlen_attention_backward(
         _problem(q, k, v, o, lse, query_tiles, scale, causal), key_tiles.data_ptr(), key_tiles.shape[0],
         *(x.data_ptr() for x in (grad, *grads)), workspace[0].data_ptr(), workspace[1].data_ptr(),
-        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, key_rows, *_place(q),
+        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, rows, *_place(q),
     )  # fmt: skip
 
 
-def _attention_impl(q, k, v, bounds, bounds_k, tiles, rows, key_tiles, query_tiles, scale, causal, deterministic):
+def _attention_impl(
+    q, k, v, bounds, bounds_k, tiles, rows, key_tiles, query_tiles, backward_m, scale, causal, deterministic
+):
     return forward(q, k, v, bounds, bounds_k, tiles, rows, scale, causal)
 
 
@@ -140,7 +154,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_lse):
-    return *_attention_grad(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(9))
+    return *_attention_grad(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(10))
 
 
 def no_second(ctx, *grads):
@@ -151,7 +165,8 @@ def no_second(ctx, *grads):
 
 _attention = define(
     "varlen_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor bounds_k, Tensor? tiles, int rows,"
-    " Tensor? key_tiles, Tensor? query_tiles, float scale, bool causal, bool deterministic) -> (Tensor, Tensor)",
+    " Tensor? key_tiles, Tensor? query_tiles, int backward_m, float scale, bool causal, bool deterministic)"
+    " -> (Tensor, Tensor)",
     _attention_impl,
     _attention_fake,
     setup_context=_setup,
@@ -159,7 +174,7 @@ _attention = define(
 )
 _attention_grad = define(
     "varlen_attention_cuda_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor bounds,"
-    " Tensor bounds_k, Tensor? key_tiles, Tensor? query_tiles, float scale, bool causal, bool deterministic)"
+    " Tensor bounds_k, Tensor? key_tiles, Tensor? query_tiles, int backward_m, float scale, bool causal, bool deterministic)"
     " -> (Tensor, Tensor, Tensor)",
     _attention_backward_impl,
     lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),

@@ -44,8 +44,9 @@ def vision_attention(qkv, position_ids, inv_freq, schedule, *, rope_backend=None
 
 
 def _impl(
-    qkv, position_ids, inv_freq, bounds, tiles, rows, key_tiles, query_tiles, scale, deterministic, rotation, backend="torch"
-):
+    qkv, position_ids, inv_freq, bounds, tiles, rows, key_tiles, query_tiles, backward_m, scale, deterministic, rotation,
+    backend="torch",
+):  # fmt: skip
     q, k, v = qkv.unbind(1)
     q, k = rope.rotated(q, k, position_ids, inv_freq, 1.0, rotation)
     if backend == "cuda":
@@ -56,14 +57,14 @@ def _impl(
 
 
 def _backward_impl(
-    grad, qkv, o, lse, q, k, position_ids, inv_freq, bounds, key_tiles, query_tiles, scale, deterministic, rotation,
-    backend="torch",
+    grad, qkv, o, lse, q, k, position_ids, inv_freq, bounds, key_tiles, query_tiles, backward_m, scale, deterministic,
+    rotation, backend="torch",
 ):  # fmt: skip
     grads = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dq, dk, dv = grads.unbind(1)
     inputs = (grad.contiguous(), q, k, qkv[:, 2], o, lse, bounds, bounds)
     if backend == "cuda":
-        attention_cuda.backward((dq, dk, dv), *inputs, key_tiles, query_tiles, scale, False, deterministic)
+        attention_cuda.backward((dq, dk, dv), *inputs, key_tiles, query_tiles, backward_m, scale, False, deterministic)
     else:
         attention.backward_into((dq, dk, dv), *inputs, scale, False)
     rope.rotate(dq, dk, position_ids, inv_freq, -1.0, rotation)
@@ -83,10 +84,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    return _vision_attention_grad(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(11))
+    return _vision_attention_grad(grad, *ctx.saved_tensors, *ctx.rest), *(None for _ in range(12))
 
 
-_REST = "Tensor? key_tiles, Tensor? query_tiles, float scale, bool deterministic, str rotation, str backend='torch')"
+_REST = (
+    "Tensor? key_tiles, Tensor? query_tiles, int backward_m, float scale, bool deterministic, str rotation,"
+    " str backend='torch')"
+)
 _vision_attention = define(
     "vision_attention(Tensor qkv, Tensor position_ids, Tensor inv_freq, Tensor bounds, Tensor? tiles, int rows, "
     f"{_REST} -> (Tensor, Tensor, Tensor, Tensor)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.host.runner import VarlenAttention, call, load
 backends = sys.modules["qwen2vl_fast.ops.backends"]  # qwen2vl_fast.ops offers a function of that name
 TENSORS = ("q", "k", "v", "o")
 GRADS = ("grad", "dq", "dk", "dv")
+PROCESSORS = 108  # of an A100
 
 
 class TileList(ctypes.Structure):
@@ -40,11 +41,22 @@ def _strides(names, pairs) -> dict[str, int]:
     return {f"{name}_stride_{axis}": pair[i] for name, pair in zip(names, pairs, strict=True) for i, axis in enumerate("th")}
 
 
+def _largest(address: int | None, count: int, column: int) -> int:
+    """Of the numbers in one column of a list of tiles."""
+    tiles = ctypes.cast(address, ctypes.POINTER(ctypes.c_int * 8))
+    return max((tiles[i][column] for i in range(count)), default=0)
+
+
 @dataclass
 class Extension:
-    """The functions of csrc/bindings.cpp. launched: the kernels that ran, in order."""
+    """The functions of csrc/bindings.cpp.
 
-    launched: list[str]
+    launched: the kernels that ran, in order. blocks: of the backward's lists, by keys and by queries, the rows that the kernel
+    was started for and the largest block of the list.
+    """
+
+    launched: list[str] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)
     grid: int = 3
     seed: int = 0
     races: bool = False
@@ -73,21 +85,29 @@ class Extension:
             delta=delta, dq_sum=dq_sum or None, **_strides(GRADS, (grad_strides, dq_strides, dk_strides, dv_strides)),
         )  # fmt: skip
         function = load(build.library("bwd_sm80")).backward_sm80
+        self.blocks.append((key_rows, _largest(key_tiles, key_tile_count, 3)))
+        self.blocks.append((rows, _largest(problem.tiles, problem.tile_count, 1)))
         for kernel in ("row_sums", "keys", "round" if dq_sum else "queries"):  # as in csrc/launch_bwd.cu
-            self._launch(kernel, function, ctypes.byref(args), kernel.encode(), key_rows if kernel == "keys" else rows)
+            size = {"keys": key_rows, "queries": rows}.get(kernel)
+            name = f"{kernel} {size}" if size else kernel
+            self._launch(name, function, ctypes.byref(args), kernel.encode(), size or rows)
 
     def varlen_attention_tiles(self, bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys, device, stream):
         arguments = TileList(bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys)
-        self._launch(f"tiles {rows}", load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments))
+        name = f"tiles {rows}{' by keys' if by_keys else ''}"
+        self._launch(name, load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments))
 
     def _launch(self, name: str, function, *arguments) -> None:
         call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
         self.launched.append(name)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0), **options) -> Extension:
-    """From here on the cuda backend takes CPU tensors, as a device of this capability would."""
-    extension = Extension([], **options)
+def install(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0), processors: int = PROCESSORS, **options
+) -> Extension:
+    """From here on the cuda backend takes CPU tensors, as a device of this capability with so many multiprocessors would."""
+    extension = Extension(**options)
+    properties = types.SimpleNamespace(multi_processor_count=processors)
     module = types.ModuleType("qwen2vl_fast._C")
     for name in ("VarlenAttention", "varlen_attention_forward", "varlen_attention_backward", "varlen_attention_tiles"):
         setattr(module, name, getattr(extension, name))
@@ -95,6 +115,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0
     monkeypatch.setattr(qwen2vl_fast, "_C", module, raising=False)
     monkeypatch.setattr(attention_cuda, "_place", lambda x: (0, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.setattr(backends, "_chosen", {})  # choices are remembered
     plain = backends.unusable
     monkeypatch.setattr(
@@ -105,16 +126,17 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0
 
 
 def schedule(
-    cu_seqlens: torch.Tensor, *, heads: int, heads_k: int | None = None, head_dim: int = 80, causal: bool = False
-):
+    cu_seqlens: torch.Tensor, *, heads: int, heads_k: int | None = None, head_dim: int = 80, causal: bool = False,
+    processors: int = PROCESSORS,
+):  # fmt: skip
     """positions.attention_schedule with the lists that it makes for a device of capability 8.0."""
     heads_k = heads if heads_k is None else heads_k
     shape = {"heads": heads, "heads_k": heads_k, "head_dim": head_dim, "causal": causal}
     plain = positions.attention_schedule(cu_seqlens, **shape, device="cpu")
     rows = positions.block_rows(plain.lengths, heads, head_dim, (8, 0), causal)
-    key_rows = positions.backward_keys(head_dim)
+    backward_m = positions.backward_rows(plain.lengths, heads_k, head_dim, processors, causal)
     return replace(
         plain, block_m=rows, tiles=positions.attention_tiles(cu_seqlens, heads, rows, causal),
-        key_rows=key_rows, key_tiles=positions.attention_key_tiles(cu_seqlens, heads_k, key_rows, causal),
-        query_tiles=positions.attention_tiles(cu_seqlens, heads, positions.backward_queries(head_dim), causal),
+        backward_m=backward_m, key_tiles=positions.attention_key_tiles(cu_seqlens, heads_k, backward_m, causal),
+        query_tiles=positions.attention_tiles(cu_seqlens, heads, backward_m, causal),
     )  # fmt: skip

@@ -165,6 +165,17 @@ def test_order():
     check_order()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_block_sizes_change_no_bit(dim, causal):
+    """Of dk, dv and of dq in two passes: a segment may get blocks of 64 alone and of 128 in a pack."""
+    tensors, rest = sample([150, 64, 20, 1, 0, 129], dim=dim, heads_k=1, causal=causal)
+    for add_dq in (False, True):
+        small, large = (gradients(Attention(rows, add_dq, races=False), tensors, rest) for rows in (64, 128))
+        for name in "kv" if add_dq else "qkv":
+            assert same_bits(small[name], large[name]), name
+
+
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("seed", range(40))
 def test_key_tiles_from_boundaries(seed, rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import random
 import re
 from dataclasses import replace
@@ -40,22 +41,94 @@ def test_it_has_the_signatures_of_the_extension():
         real = getattr(_C, name)
         text = (real.__init__ if isinstance(real, type) else real).__doc__.splitlines()[0]
         theirs = [word for word in re.findall(r"(\w+): ", text) if word != "self"]
-        assert theirs == list(inspect.signature(getattr(host.Extension([]), name)).parameters), name
+        assert theirs == list(inspect.signature(getattr(host.Extension(), name)).parameters), name
+
+
+def hold(lengths, *, keys=None, deterministic=False, processors=None, name="", **case) -> None:
+    """Outputs and gradients by the rule; processors: with the schedule of a device of so many, None: without one."""
+    tensors, rest = sample(lengths, keys=keys, **case)
+    bounds, bounds_k = bounds_of(lengths), bounds_of(lengths if keys is None else keys)
+    segments = {"0": (0, bounds), "1": (1, bounds), "q": (0, bounds), "k": (0, bounds_k), "v": (0, bounds_k)}
+    more = {"deterministic": deterministic}
+    if processors is not None:
+        shape = {name: case[name] for name in ("heads_k", "causal") if name in case}
+        more["schedule"] = host.schedule(
+            rest["cu_seqlens"], heads=tensors["q"].shape[1], head_dim=tensors["q"].shape[2], processors=processors, **shape
+        )
+    call = Call(tensors, {**rest, "return_lse": True}, segments)
+    judge(functools.partial(op, **more), reference.varlen_attention, call, peers=PEERS["varlen_attention"], without=(1,),
+          rms=enough_rows(tensors), name=f"{name} {lengths} {keys} {case}")  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_lengths(extension, seed):
-    """By the rule, with gradients; lists made on the device and, where the lengths are shared, those of a schedule."""
-    case = random_case(seed)
-    lengths, keys = case.pop("lengths"), case.pop("keys")
-    tensors, rest = sample(lengths, keys=keys, **case)
-    bounds, bounds_k = bounds_of(lengths), bounds_of(lengths if keys is None else keys)
-    segments = {"0": (0, bounds), "1": (1, bounds), "q": (0, bounds), "k": (0, bounds_k), "v": (0, bounds_k)}
-    rest |= {"return_lse": True, "deterministic": random.Random(seed).random() < 0.5}
-    call = Call(tensors, rest, segments)
-    definition = lambda deterministic, **arguments: reference.varlen_attention(**arguments)  # noqa: E731
-    peers = [lambda deterministic, peer=peer, **arguments: peer(**arguments) for peer in PEERS["varlen_attention"]]
-    judge(op, definition, call, peers=peers, without=(1,), rms=enough_rows(tensors), name=f"seed {seed} {case}")
+    """Lists made on the device."""
+    hold(deterministic=random.Random(seed).random() < 0.5, name=f"seed {seed}", **random_case(seed))
+
+
+# On a device of one multiprocessor, which no list leaves idle: blocks of the schedule's lists, and of those without one, which
+# take the lengths to be equal.
+BLOCKS = {
+    "short ends": ([192, 190], 64, 64),
+    "whole blocks": ([128, 128], 128, 128),
+    "one long": ([130, 6, 1], 128, 64),
+}
+
+
+def check_blocks(extension: host.Extension, name: str, dim: int, *, scheduled=(False, True), modes=(False, True)) -> None:
+    """Gradients by the rule, and each kernel is started for the blocks that its list has."""
+    lengths, *chosen = BLOCKS[name]
+    for own, deterministic in itertools.product(scheduled, modes):
+        rows = chosen[not own]
+        extension.launched.clear()
+        extension.blocks.clear()
+        hold(lengths, dim=dim, deterministic=deterministic, processors=1 if own else None, name=name)
+        assert set(extension.blocks) == {(rows, rows)}, extension.blocks
+        assert extension.launched[-2:] == [f"keys {rows}", f"queries {rows}" if deterministic else "round"]
+        assert own == (f"tiles {rows} by keys" not in extension.launched)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(monkeypatch, name, dim):
+    check_blocks(host.install(monkeypatch, processors=1), name, dim)
+
+
+def other(rows: int) -> int:
+    return {0: 0, 64: 128, 128: 64}[rows]
+
+
+# name -> a function of ops/attention_cuda.py, and the same with a bug
+PLANTED = {
+    "a schedule's lists with other rows": ("lists_of", lambda plain: lambda *a: (*plain(*a)[:4], other(plain(*a)[4]))),
+    "a list by keys built for other rows": (
+        "_tiles", lambda plain: lambda *a: plain(*a[:5], other(a[5]) if a[-1] else a[5], *a[6:])),
+}  # fmt: skip
+
+
+# Blocks of 64 in a kernel for 128 give the right gradients, later; the reverse leaves keys out.
+@pytest.mark.parametrize(
+    ("name", "pack", "reason"),
+    [
+        ("a schedule's lists with other rows", "short ends", r"\(128, 64\)"),
+        ("a schedule's lists with other rows", "whole blocks", None),
+        ("a list by keys built for other rows", "short ends", None),
+        ("a list by keys built for other rows", "whole blocks", r"\(128, 64\)"),
+    ],
+)
+def test_a_list_of_other_blocks_is_caught(monkeypatch, name, pack, reason):
+    extension = host.install(monkeypatch, processors=1)
+    function, planted = PLANTED[name]
+    monkeypatch.setattr(attention_cuda, function, planted(getattr(attention_cuda, function)))
+    with pytest.raises(AssertionError, match=reason):
+        check_blocks(extension, pack, 80, scheduled=[function == "lists_of"], modes=[True])
+
+
+def test_other_key_lengths_under_a_causal_mask_have_one_block_size(extension):
+    """There the size can change bits, and so must not depend on the pack."""
+    for causal, rows in ((True, 128), (False, 64)):
+        hold([150, 40], keys=[180, 70], causal=causal, deterministic=True)
+        assert extension.launched[-2] == f"keys {rows}"
 
 
 @pytest.mark.parametrize(("heads_k", "causal"), [(4, False), (2, True), (1, False)])
@@ -84,7 +157,7 @@ def test_a_schedule_of_other_heads_is_not_used(extension):
         assert extension.launched[0].startswith("tiles")
     right = host.schedule(rest["cu_seqlens"], heads=4, heads_k=2)
     elsewhere = replace(right, tiles=right.tiles.to("meta"))  # a schedule of another device
-    assert attention_cuda.lists_of(elsewhere, tensors["q"], tensors["k"], False) == (None, 0, None, None)
+    assert attention_cuda.lists_of(elsewhere, tensors["q"], tensors["k"], False) == (None, 0, None, None, 0)
     assert attention_cuda.lists_of(right, tensors["q"], tensors["k"], False)[2] is right.key_tiles
     assert attention_cuda.lists_of(right, tensors["q"], tensors["q"], False)[2] is None
 
@@ -165,7 +238,7 @@ def test_operator_checks(extension):
     leaves = [x.detach().requires_grad_() for x in tensors.values()]
     bounds = rest["cu_seqlens"]
     schedule = host.schedule(bounds, heads=2)
-    for lists in ((None, 0, None, None), (schedule.tiles, schedule.block_m, schedule.key_tiles, schedule.query_tiles)):
+    for lists in ((None, 0, None, None, 0), attention_cuda.lists_of(schedule, leaves[0], leaves[1], False)):
         arguments = (*leaves, bounds, bounds, *lists, 0.1, False, True)
         torch.library.opcheck(attention_cuda._attention.registered, arguments)
 
@@ -182,7 +255,7 @@ def test_one_gradient_of_qkv(extension, dtype):
         extension.launched.clear()
         found = with_gradient(vision_attention, qkv, (position_ids, inv_freq, schedule))
     assert all(map(same_bits, found, expected))
-    assert extension.launched == ["forward sm_80 64", "row_sums", "keys", "queries"]
+    assert extension.launched == ["forward sm_80 64", "row_sums", "keys 64", "queries 64"]
 
 
 @pytest.mark.parametrize("rows", [(24, 70), (200, 3)])
@@ -201,7 +274,7 @@ def test_hopper(monkeypatch, rows):
 
 def test_training_goes_as_with_torch(extension):
     check_training("cpu", 4, least=1)
-    assert extension.launched.count("keys") == 4 * 4  # layers
+    assert extension.launched.count("keys 64") == 4 * 4  # layers
 
 
 @pytest.mark.full
