@@ -23,6 +23,7 @@ from qwen2vl_fast import Qwen2VL
 SIZES = {"2B": (1536, 28, 12, 2, 8960, True), "7B": (3584, 28, 28, 4, 18944, False)}
 VOCAB = {"2B": 151936, "7B": 152064}
 THEIRS, OURS, COMPILED = "transformers sdpa", "qwen2vl_fast", "transformers sdpa, static cache, compiled"
+JUDGED = 4  # tokens
 PEERS = (THEIRS,)  # the compiled one takes minutes, so only on request
 
 
@@ -70,8 +71,12 @@ def bytes_a_token(model: Qwen2VL, batch: int, context: float) -> int:
     return int((weights + cache) * size)
 
 
-def contenders(theirs: Any, ours: Qwen2VL, batch: int, context: int) -> tuple[dict[str, Callable[[int], Any]], float]:
-    """{contender: a call that decodes so many tokens greedily}, and the relative error of our logits behind the prompt."""
+def contenders(
+    theirs: Any, ours: Qwen2VL, batch: int, context: int, wanted: list[str]
+) -> tuple[dict[str, Callable[[int], Any]], float]:
+    """{contender: a call that decodes so many tokens greedily}, each judged, and the relative error of our logits behind the
+    prompt.
+    """
     ids = torch.randint(1000, 100000, (batch, context), device=ours.device)
     expected = theirs(input_ids=ids, logits_to_keep=1).logits.float()
     out = ours(ids, logits_to_keep=1).logits.float()
@@ -89,15 +94,33 @@ def contenders(theirs: Any, ours: Qwen2VL, batch: int, context: int) -> tuple[di
         return ours.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[], repetition_penalty=1.0)
 
     compiled = lambda tokens: generate(tokens, cache_implementation="static")  # noqa: E731
-    return {THEIRS: generate, OURS: ours_generate, COMPILED: compiled}, error
+    calls = {THEIRS: generate, OURS: ours_generate, COMPILED: compiled}
+    runs = {name: run for name, run in calls.items() if name == OURS or name in wanted}
+    for name, run in runs.items():
+        judge_tokens(name, theirs, {"input_ids": ids, "attention_mask": mask}, run(JUDGED), JUDGED)
+    return runs, error
+
+
+def judge_tokens(name: str, judge: Any, prompt: dict[str, Any], out: torch.Tensor, count: int, **more: Any) -> None:
+    """Raises RuntimeError unless `out` is the prompt and `count` greedy tokens: each one's logit, by the judge given those
+    before it, is the largest or as near to it as rounding may put it. A token at random is about four deviations away.
+    """
+    ids = prompt["input_ids"]
+    if tuple(out.shape) != (len(ids), ids.shape[1] + count) or not torch.equal(out[:, : ids.shape[1]], ids):
+        raise RuntimeError(f"{name}: generated {tuple(out.shape)} behind a prompt of {tuple(ids.shape)}, {count} tokens asked")
+    whole = {"input_ids": out, "attention_mask": torch.ones_like(out)}
+    logits = judge(**prompt | whole | more, logits_to_keep=count + 1).logits[:, :-1].float()
+    said = logits.gather(-1, out[:, ids.shape[1] :, None])[..., 0]
+    short = float(((logits.amax(-1) - said) / logits.std(-1)).max())
+    if not short < (0.02 if judge.dtype == torch.float32 else 0.5):
+        raise RuntimeError(f"{name}: a token whose logit is {short:.2f} deviations below the largest")
 
 
 def race(options: argparse.Namespace, dtype: torch.dtype, device: str, bandwidth: float) -> list[dict[str, Any]]:
     theirs, ours = models(options.size, options.layers, dtype, device)
     rows = []
     for batch in options.batch:
-        calls, error = contenders(theirs, ours, batch, options.context)
-        runs = {name: run for name, run in calls.items() if name == OURS or name in chosen(options, PEERS)}
+        runs, error = contenders(theirs, ours, batch, options.context, chosen(options, PEERS))
         first = {name: lambda run=run: run(1) for name, run in runs.items()}
         rest = {name: lambda run=run: run(1 + options.tokens) for name, run in runs.items()}
         prefill = measure(first, repeats=options.repeats, device=device, graph=False)

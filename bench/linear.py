@@ -29,10 +29,15 @@ def main(argv: list[str] | None = None) -> None:
                 "torch.nn.functional.linear": lambda: F.linear(x, weight, bias),  # noqa: B023 -- called in this round
                 "qwen2vl_fast": lambda: linear(x, weight, bias),  # noqa: B023
             }
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in contenders.items()}
+            if not max(errors.values()) < 1e-5:
+                raise RuntimeError(f"{name}, {tokens} rows: relative errors {errors}")
             seconds = measure(taking_part(options, contenders, PEERS), repeats=options.repeats, device="cpu")
             operations = 2 * tokens * inputs * outputs
             gflops = {contender: operations / value["median"] / 1e9 for contender, value in seconds.items()}
-            rows.append({"product": name, "shape": [tokens, inputs, outputs], "seconds": seconds, "gflops": gflops})
+            facts = {"seconds": seconds, "gflops": gflops, "errors": errors}
+            rows.append({"product": name, "shape": [tokens, inputs, outputs], **facts})
             speeds = ", ".join(f"{contender} {value:.0f} GFLOP/s" for contender, value in gflops.items())
             say(options, f"{name:<5} {tokens:5d} rows: {speeds}")
     publish("linear_cpu", options, rows)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import OURS, Missing, load
-from bench.timing import ceilings, chosen, keep, measure, parser, publish, say
+from bench.timing import ceilings, chosen, failed, keep, measure, parser, publish, say
 
 SUBJECTS = ("rope", "mrope", "merge", "norms", "activations", "patchify")
 COMPILED = "torch.compile"
@@ -183,7 +183,13 @@ def measure_case(case: Case, wanted: Sequence[str], repeats: int, copy: float) -
     on, errors = device(), {}
     runs, missing = taking_part(case, wanted)
     for name, run in runs.items():  # the first call of each: those that work in place find what they started with
-        errors[name] = judge(case, name, run())
+        try:
+            errors[name] = judge(case, name, run())
+        except Exception as failure:
+            if name.startswith(OURS):
+                raise
+            missing[name] = failed(failure)
+    runs = {name: run for name, run in runs.items() if name in errors}
     seconds = measure(runs, repeats=repeats, device=on)
     cold = {}
     if on != "cpu" and case.tokens <= COLD_TOKENS:

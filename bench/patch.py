@@ -9,8 +9,10 @@ an image quartered. Errors are against the unpatched model in the next wider dty
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +179,8 @@ def training(model: nn.Module, patched: nn.Module, options: argparse.Namespace) 
 
     models = {THEIRS: model.train(), "patched": patched.train()}
     losses = {name: float(step(one)) for name, one in models.items()}
+    if not abs(losses["patched"] / losses[THEIRS] - 1) < ALLOWED[inputs["pixel_values"].dtype]:
+        raise RuntimeError(f"training step: losses {losses}")
     peaks = {}
     for name, one in models.items() if cuda() else ():
         one.zero_grad(set_to_none=True)
@@ -217,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = []
     if options.parts or cuda():
         inputs = batch(CASES[options.cases[-1]], TEXT, next(model.parameters()).dtype)
-        parts = report.verify({**inputs, "use_cache": False, "logits_to_keep": 1}, repeats=options.repeats)
+        with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
+            parts = report.verify({**inputs, "use_cache": False, "logits_to_keep": 1}, repeats=options.repeats)
     if options.train or cuda():
         rows += training(model, patched, options)
     publish(name_of(), options, rows, ceilings=ceilings(), parts=parts, report=report.rows())

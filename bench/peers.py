@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import failed
 from qwen2vl_fast.ops import varlen_attention
 from qwen2vl_fast.ops.backends import unusable
 from qwen2vl_fast.positions import attention_schedule
@@ -216,8 +217,8 @@ def prepare(name: str, problem: Problem, bound: float, gradient_bound: float | N
     try:
         found = error(problem, attend())
         gradient = 0.0 if gradient_bound is None else gradient_error(problem, attend)
-    except Exception as failure:  # a peer's own failure is its row, not the end of the others
-        raise Missing("fails: " + " ".join(f"{type(failure).__name__}: {failure}".split())[:200]) from failure
+    except Exception as failure:
+        raise Missing(failed(failure)) from failure
     if not found < bound:
         raise Missing(f"computes something else: relative error {found:.1e}")
     if gradient_bound is not None and not gradient < gradient_bound:

@@ -299,23 +299,24 @@ def summary() -> str:
     for stem, what, theirs, ours in SUMMARY:
         path = RESULTS / f"{stem}.json"
         result = read(path) if path.exists() else {"rows": []}
-        ratios = [ratio for row in result["rows"] if (ratio := _ratio(row, theirs, ours))]
+        ratios = {i: ratio for i, row in enumerate(result["rows"]) if (ratio := _ratio(row, theirs, ours))}
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            cells = [times(value) for value in (min(ratios), mean, max(ratios))]
-            rows.append([result["environment"]["device"], what, theirs, *cells])
+            mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+            cells = [times(value) for value in (min(ratios.values()), mean, max(ratios.values()))]
+            cases = [f"({result['rows'][i]['case']})" for i in ratios if "case" in result["rows"][i]]
+            rows.append([result["environment"]["device"], " ".join([what, *cases]), theirs, *cells])
     return "\n".join(table(["on", "what", "how many times as fast as", "least", "mean", "most"], rows))
 
 
 GRAPH = f"{OURS} in a CUDA graph"
 SUMMARY = (
-    ("attention_cuda", "attention of the tower, (a) to (h)", "FlashAttention-3", OURS),
-    ("attention_cuda", "attention of the tower, (a) to (h)", "torch varlen_attn", OURS),
-    ("tower_cuda_bfloat16", "whole tower, (a) to (f)", "transformers sdpa", OURS),
-    ("tower_cuda_bfloat16", "whole tower, (a) to (f), in a CUDA graph", "transformers sdpa", GRAPH),
-    ("patch_cpu_avx512", "patched model, 4 layers, (a) to (f)", "transformers sdpa", "patched"),
-    ("patch_cpu", "patched model, 4 layers, (a), (b)", "transformers sdpa", "patched"),
-    ("patch_cpu_large", "patched model, 4 layers, (d), (f)", "transformers sdpa", "patched"),
+    ("attention_cuda", "attention of the tower", "FlashAttention-3", OURS),
+    ("attention_cuda", "attention of the tower", "torch varlen_attn", OURS),
+    ("tower_cuda_bfloat16", "whole tower", "transformers sdpa", OURS),
+    ("tower_cuda_bfloat16", "whole tower, in a CUDA graph", "transformers sdpa", GRAPH),
+    ("patch_cpu_avx512", "patched model, 4 layers", "transformers sdpa", "patched"),
+    ("patch_cpu", "patched model, 4 layers", "transformers sdpa", "patched"),
+    ("patch_cpu_large", "patched model, 4 layers", "transformers sdpa", "patched"),
     ("preprocess_cpu", "pictures to pixel rows", "transformers PIL", OURS),
 )
 
@@ -366,7 +367,7 @@ def _block(lines: list[str], results: list[Result], name: str) -> str:
 def render(texts: dict[str, str]) -> dict[str, str]:
     """Documents with every table written anew. Raises ValueError unless each table stands in one of them, once."""
     known = tables()
-    names = [name for text in texts.values() for name in re.findall(r"<!-- table (\w+) -->", text)]
+    names = placed(texts)
     if sorted(names) != sorted(known):
         raise ValueError(f"{' and '.join(texts)}: expected the tables {sorted(known)}, got {sorted(names)}")
 
@@ -375,6 +376,17 @@ def render(texts: dict[str, str]) -> dict[str, str]:
 
     pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return {path: _beside(path, pattern.sub(block, text)) for path, text in texts.items()}
+
+
+def placed(texts: dict[str, str]) -> list[str]:
+    return [name for text in texts.values() for name in re.findall(r"<!-- table (\w+) -->", text)]
+
+
+def place(texts: dict[str, str]) -> dict[str, str]:
+    """Results that no document shows yet get a place at the end of docs/bench.md."""
+    new = [name for name in tables() if name not in placed(texts)]
+    blocks = [f"\n`{name}`:\n\n<!-- table {name} -->\n<!-- end -->\n" for name in new]
+    return {path: text + "".join(blocks) if path == "docs/bench.md" else text for path, text in texts.items()}
 
 
 def _beside(path: str, text: str) -> str:
@@ -420,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(changed or stale))
     for path in plots.write(stale):
         print(path)
-    for path, text in render(before).items():
+    for path, text in render(place(before)).items():
         (ROOT / path).write_text(text, encoding="utf-8")
     return 0
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import qwen2vl_fast
-from bench.generate import SIZES, VOCAB
+from bench.generate import JUDGED, SIZES, VOCAB, judge_tokens
 from bench.preprocess import PICTURES, transformers_pil
 from bench.timing import cpu_clock, keep, parser, publish, say, taking_part
 from qwen2vl_fast import Qwen2VL
@@ -139,7 +139,7 @@ def run_story(
         own = lambda: preprocess_images(paths)  # noqa: E731
 
         def other() -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.cat([processor(path) for path in paths]), own_grid
+            return processor(paths), own_grid
 
     _, (pixels, own_grid) = seconds_of(own, 1)
     prepared = batch(pixels, own_grid, video, device, dtype)
@@ -154,6 +154,20 @@ def run_story(
     def our_greedy(count: int) -> torch.Tensor:
         return ours.generate(**prepared, do_sample=False, max_new_tokens=count, eos_token_id=[], repetition_penalty=1.0)
 
+    # transformers 5 gives a clip other positions when it has more frame pairs than rows: here ours for both.
+    grids = {"video_grid_thw" if video else "image_grid_thw": own_grid}
+    places = mrope_position_ids(prepared["input_ids"], **grids)[0]
+    expected, found = (model(**prepared, position_ids=places, logits_to_keep=1).logits.float() for model in (theirs, ours))
+    error = float((found - expected).norm() / expected.norm())
+    if not error < (1e-3 if dtype == torch.float32 else 5e-2):
+        raise RuntimeError(f"{story}: the models disagree, relative error {error:.1e} of the logits")
+
+    def judge(name: str, out: torch.Tensor) -> None:
+        """The unpatched model judges, at our positions."""
+        longer = {"position_ids": mrope_position_ids(out, **grids)[0]}
+        kinds = torch.nn.functional.pad(prepared["mm_token_type_ids"], (0, JUDGED))
+        judge_tokens(f"{story}, {name}", theirs, prepared, out, JUDGED, mm_token_type_ids=kinds, **longer)
+
     facts = {}
     for name in taking_part(options, dict.fromkeys((THEIRS, PATCHED, OURS)), PEERS):
         if name == PATCHED:
@@ -166,22 +180,17 @@ def run_story(
             preprocess_seconds, _ = seconds_of(other if name == THEIRS else own, options.repeats)
             seconds_of(tower, 1)
             tower_seconds, _ = seconds_of(tower, options.repeats)
-            generate(2)
+            said = generate(JUDGED)
             first, _ = seconds_of(lambda run=generate: run(1), options.repeats)
             whole, _ = seconds_of(lambda run=generate: run(1 + tokens), options.repeats)
         finally:
             if name == PATCHED:
                 qwen2vl_fast.unpatch(theirs)
+        if name != THEIRS:
+            judge(name, said)
         values = (preprocess_seconds, tower_seconds, first - tower_seconds, (whole - first) / tokens)
         facts[name] = {"seconds": dict(zip(PARTS, values, strict=True))}
         say(options, tell(story, name, facts[name]["seconds"]))
-    # transformers 5 gives a clip other positions when it has more frame pairs than rows: here ours for both.
-    grids = {"video_grid_thw" if video else "image_grid_thw": own_grid}
-    places = mrope_position_ids(prepared["input_ids"], **grids)[0]
-    expected, found = (model(**prepared, position_ids=places, logits_to_keep=1).logits.float() for model in (theirs, ours))
-    error = float((found - expected).norm() / expected.norm())
-    if not error < (1e-3 if dtype == torch.float32 else 5e-2):
-        raise RuntimeError(f"{story}: the models disagree, relative error {error:.1e} of the logits")
     return {
         "story": story,
         "kind": kind,

@@ -235,12 +235,18 @@ def _run(*command: str) -> str:
         return ""
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
+
+
 def parser(
     subject: str, description: str, *, repeats: int = 30, peers: Sequence[str] = (), on_request: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """The arguments that every subject takes; with peers, --peers too. on_request: peers that take part when they are named."""
     arguments = argparse.ArgumentParser(prog=f"qwen2vl-fast bench {subject}", description=description.splitlines()[0])
-    arguments.add_argument("--repeats", type=int, default=repeats, help=f"rounds of each timing (default: {repeats})")
+    arguments.add_argument("--repeats", type=positive, default=repeats, help=f"rounds of each timing (default: {repeats})")
     arguments.add_argument("--json", action="store_true", help="JSON on standard output, the rest on standard error")
     arguments.add_argument(
         "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="write a JSON file there (default: bench/results)"
@@ -276,6 +282,11 @@ def speedup(seconds: dict[str, dict[str, float]], theirs: str, ours: str) -> flo
 
 def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def failed(error: Exception) -> str:
+    """Why a peer takes no part. Its own failure is its row and not the end of the others."""
+    return "fails: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def say(options: argparse.Namespace, text: str) -> None:
@@ -321,7 +332,7 @@ def publish(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], 
 
 
 def _result(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-    return {"environment": environment(), "command": command(subject_of(name), options), **more, "rows": rows}
+    return {"name": name, "environment": environment(), "command": command(subject_of(name), options), **more, "rows": rows}
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -256,7 +257,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if wanted[0] not in known:
         raise ValueError(f"bench: expected one of {', '.join(known)}, or all, got {arguments.subject!r}")
     commands = [[sys.executable, "-m", f"bench.{name}", *arguments.rest] for name in wanted]
-    return max(subprocess.run(command, cwd=CHECKOUT).returncode for command in commands)
+    if len(wanted) == 1 or "--json" not in arguments.rest:
+        return max(subprocess.run(command, cwd=CHECKOUT).returncode for command in commands)
+    runs = [subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE) for command in commands]
+    results = [json.loads(run.stdout) for run in runs if not run.returncode]
+    say(json.dumps({result["name"]: result for result in results}, indent=2))
+    return max(run.returncode for run in runs)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -351,7 +357,10 @@ def _reason(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, or 2 after an error that was told in one line, or 130 after Ctrl-C."""
-    arguments = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"] and words[1:2] not in ([], ["--list"], ["--help"], ["-h"]) and words[1].startswith("-"):
+        words.insert(1, "all")
+    arguments = parser().parse_args(words)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

@@ -400,6 +400,15 @@ def test_every_kind_of_result_has_its_table(made_up):
     assert text.count("docs/plots/") == 5
 
 
+def test_a_result_that_no_document_shows_gets_a_place(made_up):
+    texts = {"README.md": "<!-- table nano -->\n<!-- end -->\n", "docs/bench.md": "x\n"}
+    with pytest.raises(ValueError, match="expected the tables"):
+        report.render(texts)
+    found = report.render(report.place(texts))["docs/bench.md"]
+    assert found.startswith("x\n") and "`generate_2B_cuda_bfloat16`:" in found and "512.5" in found
+    assert "table nano" not in found
+
+
 def test_the_summary_has_the_extremes_and_the_geometric_mean(made_up):
     path = report.RESULTS / "tower_cuda_bfloat16.json"
     result = json.loads(path.read_text())
@@ -409,8 +418,8 @@ def test_the_summary_has_the_extremes_and_the_geometric_mean(made_up):
     rows.append({**row, "seconds": ours})
     path.write_text(json.dumps({**result, "rows": rows}))
     device = result["environment"]["device"]
-    lines = [line for line in report.summary().splitlines() if "tower, (a) to (f)" in line]
-    assert lines == [f"| {device} | whole tower, (a) to (f) | transformers sdpa | 0.50x | 2.00x | 8.00x |"]
+    lines = [line for line in report.summary().splitlines() if "whole tower (a)" in line]
+    assert lines == [f"| {device} | whole tower (a) (a) | transformers sdpa | 0.50x | 2.00x | 8.00x |"]
 
 
 @pytest.mark.parametrize(

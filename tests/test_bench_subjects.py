@@ -152,6 +152,39 @@ def test_generate(tmp_path, monkeypatch):
     assert set(saved(tmp_path)["generate_2B_cpu_float32"]["rows"][0]["contenders"]) == {generate.OURS}
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda out: out[:, :-1], lambda out: out * 0, lambda out: torch.cat([out[:, :-1], out[:, -1:] * 0 + 7], 1)]
+)
+def test_a_decoder_that_says_something_else_is_not_timed(wrong, monkeypatch):
+    """Too few tokens, none of the prompt, or another last one."""
+    monkeypatch.setitem(generate.SIZES, "2B", TINY)
+    right = generate.Qwen2VL.generate
+    monkeypatch.setattr(generate.Qwen2VL, "generate", lambda *args, **more: wrong(right(*args, **more)))
+    with pytest.raises(RuntimeError, match="qwen2vl_fast: (generated|a token)"):
+        generate.main(["--layers", "1", "--context", "8", "--tokens", "2", "--batch", "2", "--repeats", "1"])
+
+
+def test_a_patched_decoder_that_says_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setitem(stories.SIZES, "2B", TINY)
+    monkeypatch.setattr(stories, "CLIP", (4, 320, 240))
+    theirs = stories.Qwen2VLForConditionalGeneration.generate
+
+    def generated(model, **more):
+        out = theirs(model, **more)
+        return torch.cat([out[:, :-1], out[:, -1:] * 0 + 7], 1) if "forward" in vars(model.model) else out
+
+    monkeypatch.setattr(stories.Qwen2VLForConditionalGeneration, "generate", generated)
+    with pytest.raises(RuntimeError, match="3 photos, transformers, patched: a token"):
+        stories.main(["--layers", "1", "--depth", "1", "--scale", "0.1", "--tokens", "1", "--repeats", "1"])
+
+
+def test_products_that_are_others_are_not_timed(monkeypatch):
+    monkeypatch.setattr(linear, "TOKENS", (1,))
+    monkeypatch.setattr(linear, "linear", lambda x, weight, bias: torch.nn.functional.linear(x, weight))
+    with pytest.raises(RuntimeError, match="qkv, 1 rows: relative errors"):
+        linear.main(["--repeats", "1"])
+
+
 def test_stories(tmp_path, monkeypatch):
     monkeypatch.setitem(stories.SIZES, "2B", TINY)
     monkeypatch.setattr(stories, "CLIP", (4, 320, 240))
@@ -172,6 +205,11 @@ def test_patch(tmp_path, narrow):
     patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--train", "--save", str(tmp_path), "--peers"])
     rows = saved(tmp_path)["patch_cpu"]["rows"]
     assert all("patched" in row["seconds"] and patch.THEIRS not in row["seconds"] and row["speedup"] is None for row in rows)
+
+
+def test_json_alone_is_on_standard_output_where_parts_are_told_too(capsys, narrow):
+    patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--parts", "--json"])
+    assert json.loads(capsys.readouterr().out)["name"] == "patch_cpu"
 
 
 def test_a_patched_model_whose_run_is_cut_short(tmp_path, narrow, monkeypatch):
@@ -239,6 +277,22 @@ def test_rows_of_something_else_are_not_timed(tmp_path, monkeypatch, capsys):
         preprocess.main(["--repeats", "1"])
 
 
+def test_a_pass_of_a_peer_that_fails_is_a_row():
+    x = torch.ones(4, 2)
+
+    def broken():
+        raise OSError("no compiler")
+
+    found = {"torch": lambda: x, "transformers": broken, "Liger": lambda: -x, "qwen2vl_fast": lambda: x}
+    case = passes.Case("x", 4, 1, found, lambda rows: (x[rows].double(),))
+    row = passes.measure_case(case, ["torch", "transformers", "Liger"], 1, 1e9)["contenders"]
+    assert "seconds" in row["torch"] and row["transformers"] == {"missing": "fails: OSError: no compiler"}
+    assert row["Liger"]["missing"].startswith("fails: RuntimeError: x, 4 tokens, Liger: relative error")
+    case.contenders["qwen2vl_fast"] = broken
+    with pytest.raises(OSError, match="no compiler"):
+        passes.measure_case(case, [], 1, 1e9)
+
+
 def test_a_pass_that_computes_something_else_is_not_timed():
     x = torch.ones(4, 2)
     case = passes.Case("x", 4, 1, {}, lambda rows: (x[rows].double(),))
@@ -260,7 +314,7 @@ def test_products_and_the_host_without_peers(tmp_path, monkeypatch):
 
 def test_rows_made_on_a_device_are_those_made_on_the_host(tmp_path, monkeypatch):
     """The bits of the host's, rounded: both resizes give the same levels."""
-    monkeypatch.setattr(preprocess, "SIZES", {"small": ("photo.jpg", 150, 110), "large": ("page.png", 112, 168)})
+    monkeypatch.setattr(preprocess, "CASES", {"small": ("photo.jpg", 150, 110, 2), "large": ("page.png", 112, 168, 1)})
     for path in preprocess.pictures(tmp_path).values():
         found, expected = preprocess.ours_on("cpu")(path).float(), preprocess.ours(path)
         assert found.shape == expected.shape and (found - expected).abs().max() <= 2.0**-8 * expected.abs().max()

@@ -384,16 +384,19 @@ def test_bench_runs_the_subjects_of_the_checkout(capfd, monkeypatch, tmp_path):
     (tmp_path / "bench").mkdir()
     for name in ("__init__", "timing", "report", "one", "two"):
         (tmp_path / "bench" / f"{name}.py").write_text(
-            f"import sys; print('{name}', sys.argv[1:]); sys.exit({int(name == 'two')})"
+            f"import sys; print('{{\"name\": \"{name}\", \"words\":', len(sys.argv), '}}'); sys.exit({int(name == 'two')})"
         )
     (tmp_path / "bench" / "__init__.py").write_text("")
     monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
     assert cli.main(["bench", "one", "--repeats", "2"]) == 0
-    assert capfd.readouterr().out == "one ['--repeats', '2']\n"
+    one = {"name": "one", "words": 3}
+    assert json.loads(capfd.readouterr().out) == one
     assert cli.main(["bench"]) == 1
-    assert capfd.readouterr().out == "one []\ntwo []\n"
-    assert cli.main(["bench", "all", "--json"]) == 1
-    assert capfd.readouterr().out == "one ['--json']\ntwo ['--json']\n"
+    lines = capfd.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [{"name": name, "words": 1} for name in ("one", "two")]
+    for words in (["all", "--json"], ["--json"]):
+        assert cli.main(["bench", *words]) == 1
+        assert json.loads(capfd.readouterr().out) == {"one": one | {"words": 2}}, "one object, without those that failed"
 
 
 def test_bench_without_a_checkout(capsys, monkeypatch, tmp_path):
