@@ -169,11 +169,13 @@ def preprocess(result: Result) -> list[str]:
     rows = []
     for row in result["rows"]:
         speeds = {name: row["contenders"][name]["images_per_second"] for name in names}
-        peers = [speed for name, speed in speeds.items() if not name.startswith(OURS)]
         cells = [f"{speeds[name]:.1f}" for name in names]
-        rows.append([f"{row['picture']}, {row['rows']} rows", *cells, f"{times(speeds[OURS] / max(peers) if peers else None)}"])
+        best = max((speeds[n] for n in names if not n.startswith(OURS) and not n.endswith("on the GPU")), default=None)
+        cells += [times(speeds[name] / best if best else None) for name in names if name.startswith(OURS)]
+        rows.append([f"{row['picture']}, {row['rows']} rows", *cells])
     processor = result["rows"][0]["contenders"][OURS]["seconds"]["method"] == "processor time"
-    lines = table(["images/s of processor time" if processor else "images/s", *names, "over the best peer"], rows)
+    over = [f"{name}, over the best peer on the host" for name in names if name.startswith(OURS)]
+    lines = table(["images/s of processor time" if processor else "images/s", *names, *over], rows)
     for name, facts in result["rows"][0]["contenders"].items():
         if "missing" in facts:
             lines += ["", f"{name}: {facts['missing']}"]

@@ -44,7 +44,7 @@ def mrope(
     Raises: TypeError, ValueError for a dtype, device, shape or sections that don't fit; RuntimeError for an unusable backend.
     Precision: angles, cos and sin in float32; the rotation in float32 (float64 for float64 input); one rounding at the end. The
         triton backend's cos and sin are float32's nearest for angles under 2e5 and lose digits beyond: by emulation 1e-6 at 1e6
-        where multiply and add are fused, as on a GPU. Triton's interpreter rounds between them: 3e-4 at 1e6, nothing left at 1e7.
+        where multiply and add are fused, as on a GPU. Triton's interpreter rounds between them: 3e-4 at 1e6, none left at 1e7.
     Source: MODEL.md section 4; arXiv:2409.12191 section 2.1. Definition: `reference.mrope`.
     """
     table = _check_mrope(q, k, position_ids, theta, sections, inv_freq, attention_scaling)
