@@ -157,7 +157,7 @@ def restore(model: nn.Module) -> int:
             slots = [slot for slot in dict.fromkeys((hook.slot, method, "_old_forward")) if _is(module, slot, hook)]
             if slots:
                 plans.append((module, slots[0], hook))
-            else:
+            elif not _gone(module, hook.slot, method):
                 lost.append(f"{name or type(module).__name__}.{method}")
     if lost:
         raise RuntimeError(
@@ -174,6 +174,12 @@ def restore(model: nn.Module) -> int:
     for _, module in found:
         del vars(module)[HOOKS]
     return len(plans)
+
+
+def _gone(module: nn.Module, slot: str, method: str) -> bool:
+    """Whether somebody has put the class's method back: accelerate does, undoing its mixed precision."""
+    mine = inspect.unwrap(getattr(vars(module).get(slot), "__func__", vars(module).get(slot)))
+    return mine is None or mine is inspect.unwrap(getattr(type(module), method))
 
 
 def _is(module: nn.Module, slot: str, hook: Hook) -> bool:
@@ -202,6 +208,13 @@ def bare(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     if "forward" not in own:
         return True
     return hooked(module) and "_hf_hook" not in own and _is(module, "forward", own[HOOKS]["forward"])
+
+
+def silent(module: nn.Module, kind: type) -> bool:
+    """Whether nobody sees or changes what module's forward gives: of this class, no hooks but accelerate's."""
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return type(module) is kind and not hooks and not replaced_elsewhere(module)
 
 
 class _all:

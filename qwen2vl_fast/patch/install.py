@@ -113,8 +113,9 @@ class Installer:
             self._hook(
                 tower, path, TARGETS[3], "packing", vision.tower,
                 needs=("patch_embed", "rotary_pos_emb", "blocks", "merger", "spatial_merge_size"),
-                arguments=("hidden_states", "grid_thw"), exact=exact, run=release.record(vision.run_tower),
-                output=release.tower_output, checkpoints=release.tower_checkpoints,
+                arguments=("hidden_states", "grid_thw"), exact=exact,
+                rotary=self._owner(tower.rotary_pos_emb, ("VisionRotaryEmbedding", "Qwen2VLVisionRotaryEmbedding")),
+                run=release.record(vision.run_tower), output=release.tower_output, checkpoints=release.tower_checkpoints,
             )  # fmt: skip
         else:
             self.parts["packing"].refuse("it needs the vision attention")
@@ -248,6 +249,7 @@ class Installer:
             self._hook(
                 module, path, TARGETS[1], "one tower pass", model.forward, needs=("visual", "language_model"),
                 arguments=("input_ids", "inputs_embeds", *model.PIXELS, *model.GRIDS),
+                owner=self._owner(module, TARGETS[1]),
             )  # fmt: skip
         if not self._leave("position ids"):
             self._hook(
@@ -260,7 +262,7 @@ class Installer:
         if hasattr(type(module), model.ENCODE) and not self._leave("one tower pass"):
             self._hook(
                 module, path, TARGETS[0], "one tower pass", model.encode_for_generation, method=model.ENCODE,
-                arguments=("model_kwargs",), output=self.release.tower_output,
+                arguments=("model_kwargs",), output=self.release.tower_output, owner=getattr(self.release.modeling, TARGETS[1]),
             )  # fmt: skip
         if self._leave("loss"):
             return

@@ -39,6 +39,8 @@ def _unfit(self: nn.Module, kwargs: dict[str, Any]) -> str | None:
         return "lm_head is not a plain Linear"
     if type(self.lm_head.weight) is not nn.Parameter or hasattr(self.lm_head.weight, "ds_id"):
         return "the head's weight is sharded or quantized"
+    if kwargs.get("ignore_index", IGNORE) != IGNORE:
+        return "another ignore_index"
     if getattr(self.loss_function, "__name__", "") != "ForCausalLMLoss":
         return "another loss_function"
     if isinstance(kwargs.get("logits_to_keep"), torch.Tensor) or kwargs.get("logits_to_keep"):

@@ -17,6 +17,7 @@ from .vision import several_ranks
 
 KINDS, PIXELS, GRIDS = ("image", "video"), ("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")
 ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
+FEATURES = ("get_image_features", "get_video_features", "get_placeholder_mask")
 _Pair = list[torch.Tensor | None]
 
 
@@ -24,7 +25,9 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Does the class's work up to the embeddings, and leaves the rest to the class."""
     hook = hook_of(self)
     kwargs = dict(hook.bind(args, kwargs))
-    reason = _unfit(kwargs)
+    reason = _unfit(kwargs) if hook.part.enabled else ""
+    if reason is None and (changed := _overridden(self, hook.more["owner"])):
+        reason = f"{changed} is not the class's"
     if not hook.part.enabled or reason is not None:
         if hook.part.enabled and reason:
             hook.part.fell_back(reason)
@@ -33,7 +36,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     pixels, grids = [kwargs.pop(name, None) for name in PIXELS], [kwargs.get(name) for name in GRIDS]
     input_ids = kwargs["input_ids"]
     embeds = self.get_input_embeddings()(input_ids)
-    if encoded:
+    if encoded and any(encoded.get(kind) is not None for kind in KINDS):
         hook.part.ran()
         embeds = _put(self, embeds, input_ids, *_joined(encoded), None)
     elif any(x is not None for x in pixels):
@@ -54,6 +57,14 @@ def _unfit(kwargs: dict[str, Any]) -> str | None:
         return ""  # which the class refuses
     if _precomputed(kwargs):
         return "precomputed inputs of one modality were given"
+    return None
+
+
+def _overridden(self: nn.Module, owner: type) -> str | None:
+    """The name of a method of the class that is part of what is replaced, where somebody has put another in its place."""
+    for name in FEATURES:
+        if hasattr(owner, name) and (name in vars(self) or getattr(type(self), name) is not getattr(owner, name)):
+            return name
     return None
 
 
@@ -95,7 +106,10 @@ def _gathered(
     checked = [check_grid(grids[i], merge) for i in present]
     sizes: list[int | None] = [None, None]
     for i, grid in zip(present, checked, strict=True):
-        sizes[i] = int(grid.prod(1).sum()) // merge**2
+        patches = int(grid.prod(1).sum())
+        if pixels[i].dim() == 2 and pixels[i].shape[0] != patches:
+            raise ValueError(f"{PIXELS[i]}: expected {patches} rows by {GRIDS[i]}, got {pixels[i].shape[0]}")
+        sizes[i] = patches // merge**2
     return rows[0] if len(rows) == 1 else torch.cat(rows), torch.cat(checked), sizes, counts
 
 
@@ -135,7 +149,7 @@ def encode_for_generation(self: nn.Module, model_kwargs: dict[str, Any]) -> dict
     pixels, grids = ([model_kwargs.get(name) for name in names] for names in (PIXELS, GRIDS))
     if hook.part.enabled and all(x is None for x in pixels) and not model_kwargs.get("mm_encoder_outputs") and several_ranks():
         _no_media(inner)
-    both = all(x is not None for x in (*pixels, *grids))
+    both = all(x is not None for x in (*pixels, *grids)) and not _overridden(inner, hook.more["owner"])
     if not hook.part.enabled or not both or model_kwargs.get("mm_encoder_outputs") or _precomputed(model_kwargs):
         return getattr(type(self), ENCODE)(self, model_kwargs)
     hook.part.ran()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.backends import choose
-from .hooks import Options, Part
+from .hooks import Options, Part, hooked
 
 
 class PatchReport:
@@ -52,6 +52,8 @@ class PatchReport:
         speed: time unpatched / time patched, median of `repeats`. A part that needs another one is timed with it.
         Counters of the report go on counting.
         """
+        if any(part.bound for part in self.parts.values()) and not any(map(hooked, self.model.modules())):
+            raise RuntimeError("verify: the model is not patched, so that there is nothing to compare")
         together = {
             "packing": ("vision attention",),
             "vision attention": ("packing",),

@@ -80,7 +80,7 @@ def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs
     o, weights = interface(
         self, q, k, v, mask,
         dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.head_dim**-0.5,
+        scaling=getattr(self, "scaling", self.head_dim**-0.5),
         **hook.more["mask_options"](self, q, mask, kwargs),
         **{name: value for name, value in kwargs.items() if name not in hook.names},
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ..ops.linear import linear
 from ..ops.vision_attention import vision_attention
 from ..positions import AttentionSchedule, attention_schedule, check_grid, check_grid_shape, vision_position_ids
 from ..reference import vision_rope_angles
-from .hooks import activate, bare, hook_of, hooked, original, plain_linear, project, readable, unknown_activation
+from .hooks import activate, bare, hook_of, hooked, original, plain_linear, project, readable, silent, unknown_activation
 from .norms import add_norm
 
 MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
@@ -53,6 +53,9 @@ def tower(self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, 
         return original(self, hidden_states, grid_thw, **kwargs)
     if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
         hook.part.fell_back("attention weights were asked for")
+        return original(self, hidden_states, grid_thw, **kwargs)
+    if not silent(self.rotary_pos_emb, hook.more["rotary"]):
+        hook.part.fell_back("the rotary module is another one, or has hooks")
         return original(self, hidden_states, grid_thw, **kwargs)
     hook.part.ran()
     return hook.more["run"](self, hidden_states, grid_thw, **kwargs)
@@ -98,6 +101,8 @@ def _packs(
     check_grid_shape("grid_thw", grid_thw)
     grid, bounds = to_host(grid_thw, cu_seqlens)
     grid = check_grid(grid, self.spatial_merge_size)
+    if x.shape[0] != (patches := int(grid.prod(1).sum())):
+        raise ValueError(f"hidden_states: expected {patches} patches by grid_thw, got {x.shape[0]}")
     if whole or several_ranks() or bounds is not None or position_ids is not None:
         return [(x, _pack(self, x.device, grid, bounds, position_ids))]
     units = capped_packs(grid, MAX_PACK_PATCHES)
@@ -183,7 +188,10 @@ def attention(
         kwargs["rotary_pos_emb"] = rotary_pos_emb
     if not isinstance(pack, Pack):
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack, **kwargs)
-    if not hook.part.enabled:
+    scaled = getattr(self, "scaling", None) not in (None, (hidden_states.shape[-1] // self.num_heads) ** -0.5)
+    if not hook.part.enabled or scaled:
+        if hook.part.enabled:
+            hook.part.fell_back("another scaling of the scores")
         return original(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=pack.cos_sin(), **kwargs)
     hook.part.ran()
     qkv, heads = project(self.qkv, hidden_states), self.num_heads
@@ -224,8 +232,8 @@ def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def merger(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """LayerNorm, m^2 patches side by side, two layers with GELU between: [T, C] -> [T / m^2, hidden]."""
     hook = hook_of(self)
-    layers = list(self.mlp)
-    known = len(layers) == 3 and bare(layers[1], nn.GELU) and layers[1].approximate == "none" and bare(self.mlp, nn.Sequential)
+    layers = list(self.mlp) if bare(self.mlp, nn.Sequential) else []
+    known = len(layers) == 3 and bare(layers[1], nn.GELU) and layers[1].approximate == "none"
     if not hook.part.enabled or not known:
         if hook.part.enabled:
             hook.part.fell_back("the merger's activation is not a plain GELU, or has hooks")
