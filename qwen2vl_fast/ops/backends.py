@@ -101,6 +101,36 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
     return backward
 
 
+def differentiated(definition: Callable[..., Any], grads: int = 1) -> dict[str, Callable[..., Any]]:
+    """For `define`: the derivative of a backward pass, by autograd through the definition of its forward one.
+
+    The op takes `grads` upstream gradients (None: not asked for), then the arguments of definition, which returns a tuple; the
+    op returns the gradients of the tensors among these.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.is_tensor = [x is None or isinstance(x, torch.Tensor) for x in inputs]
+        ctx.save_for_backward(*(x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True) if is_tensor))
+        ctx.rest = [x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True) if not is_tensor]
+
+    def backward(ctx, *upstream):
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views: a tensor that was given twice stands for two arguments.
+            saved = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in ctx.saved_tensors]
+            wanted = [x for x in saved if x is not None and x.requires_grad]
+            pairs = [(x.requires_grad_(), u) for x, u in zip(saved[grads:], upstream, strict=True) if x is not None]
+            inputs, upstream = zip(*pairs, strict=True)
+            outputs = definition(*saved[grads:], *ctx.rest)
+            ends = [(o, g) for o, g in zip(outputs, saved[:grads], strict=True) if g is not None]
+            first = torch.autograd.grad(*zip(*ends, strict=True), inputs, create_graph=True)
+            found = iter(torch.autograd.grad(first, wanted, upstream, create_graph=again, allow_unused=True))
+        needed = iter(x is not None and x.requires_grad for x in ctx.saved_tensors)
+        return tuple(next(found) if is_tensor and next(needed) else None for is_tensor in ctx.is_tensor)
+
+    return {"setup_context": setup_context, "backward": backward}
+
+
 def _function(name: str, implementation: Callable, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
     """An op with its gradient as an autograd function, for calls that go past the dispatcher."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from ..positions import check_tensor
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))  # a look here is cheaper than isinstance
 INTEGERS = frozenset((torch.int32, torch.int64))
-_BLOCK_BYTES = 1 << 18  # per thread; a quarter of a common L2, so that a block survives the passes made over it
+_BLOCK_BYTES = 1 << 20  # per thread: it survives the passes made over it in L2 or L3, and hides what it costs to start them
+_GRAIN, _LANES = 1 << 15, 64  # of torch's elementwise loops: what one thread takes at least, what no loop takes less of at once
 
 
 def floating(name: str, x: torch.Tensor) -> None:
@@ -81,13 +82,53 @@ def number(name: str, x: float) -> float:
     return x
 
 
-def row_blocks(x: torch.Tensor) -> Iterator[slice]:
-    """Slices of x's first dim small enough to stay in cache over several passes; one slice for a device tensor."""
+def row_blocks(x: torch.Tensor, buffers: int = 0) -> Iterator[Any]:
+    """Slices of x's first dim small enough to stay in cache over several passes; one slice for a device tensor.
+
+    With buffers: (slice, that many tensors of the slice's shape in float32, float64 for float64). All slices share their
+    memory, since a tensor made anew for each is often mapped anew by the system, which costs more than a pass over it.
+    """
     count = x.shape[0]
-    if x.device.type != "cpu" or count == 0:
-        yield slice(0, count)
-        return
-    row_bytes = max(1, x[0].numel() * max(x.element_size(), 4))
-    step = max(1, _BLOCK_BYTES * torch.get_num_threads() // row_bytes)
+    row_bytes = max(1, x[0].numel() * max(x.element_size(), 4)) if count else 1
+    step = max(1, _BLOCK_BYTES * torch.get_num_threads() // row_bytes) if x.device.type == "cpu" else max(1, count)
+    shape = buffers, min(step, count), *x.shape[1:]
+    made = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32)) if buffers else None
     for start in range(0, count, step):
-        yield slice(start, min(count, start + step))
+        block = slice(start, min(count, start + step))
+        yield block if made is None else (block, *made[:, : block.stop - start])
+
+
+def wide(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of buffer: itself where it has that, else a copy in buffer."""
+    return x if x.dtype == buffer.dtype else buffer.copy_(x)
+
+
+def total(sums: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
+    """The sum of what the blocks of rows give to the gradient of a parameter, in its dtype."""
+    return torch.stack(sums).sum(0).to(parameter.dtype) if sums else torch.zeros_like(parameter)
+
+
+def in_vectors(function: Callable[..., Any], x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """function(x, *others), which writes x by elements, all contiguous: the same bits wherever an element stands.
+
+    torch's sigmoid and silu take what is left of each thread's share after whole vectors by another path with other bits.
+    Here shares are whole vectors: as many elements as that allows, then the rest on one thread, filled up with zeros.
+    """
+    flat = [y.view(-1) for y in (x, *others)]
+    count = x.numel()
+    if x.device.type != "cpu" or count == 0:
+        function(*flat)
+        return x
+    threads = min(torch.get_num_threads(), -(-count // _GRAIN))
+    body = count - count % (_LANES * threads)
+    if body <= (threads - 1) * _GRAIN:  # which would be shared by one thread less
+        body = (threads - 1) * _GRAIN
+    if body:
+        function(*(y[:body] for y in flat))
+    if body < count:
+        rest = flat[0].new_zeros(len(flat), -(-(count - body) // _LANES) * _LANES)
+        for row, y in zip(rest, flat, strict=True):
+            row[: count - body] = y[body:]
+        function(*rest)
+        flat[0][body:] = rest[0, : count - body]
+    return x

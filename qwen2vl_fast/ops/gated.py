@@ -7,7 +7,7 @@ import functools
 import torch
 
 from . import checks
-from .activation import _inverse_sigmoid
+from .activation import gate_rows, gate_rows_backward
 from .backends import choose, define
 
 
@@ -45,25 +45,15 @@ def _gated_impl(gate, up, backend="torch"):
     if backend == "triton":
         return _kernels().launch(gate, up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    compute = torch.promote_types(gate.dtype, torch.float32)
-    a, b, rows_out = _rows(gate), _rows(up), _rows(out)
-    for block in checks.row_blocks(a):
-        wide = a[block].to(compute)
-        rows_out[block].copy_((wide / _inverse_sigmoid(wide)).mul_(b[block]))
+    gate_rows(*map(_rows, (out, gate, up)))
     return out
 
 
 def _gated_backward_impl(grad, gate, up, backend="torch"):
     if backend == "triton":
         return _kernels().launch_backward(grad, gate, up)
-    compute = torch.promote_types(gate.dtype, torch.float32)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)]
-    g, a, b, out_gate, out_up = map(_rows, (grad, gate, up, *grads))
-    for block in checks.row_blocks(a):
-        upstream, wide = g[block].to(compute), a[block].to(compute)
-        s = _inverse_sigmoid(wide).reciprocal_()
-        out_up[block].copy_(upstream * wide * s)
-        out_gate[block].copy_(upstream.mul(b[block]).mul_(s).mul_((1 - s).mul_(wide).add_(1)))
+    gate_rows_backward(*map(_rows, (grad, gate, up, *grads)))
     return tuple(grads)
 
 

@@ -80,7 +80,7 @@ def _merge_rows_backward(ctx, grad, grad_rows):
     grad = grad.reshape(-1, x.shape[1])
     if ctx.backend == "triton":
         return *_launched_backward(grad, None, x, weight, bias, rows, ctx.eps), None, None, None
-    grad_rows, *grads = _layer_norm_grad(grad, x[rows], weight, bias, ctx.eps)
+    grad_rows, *grads = _layer_norm_grad(grad, None, x[rows], weight, bias, ctx.eps)
     return torch.empty_like(grad_rows).index_copy(0, rows, grad_rows), *grads, None, None, None
 
 

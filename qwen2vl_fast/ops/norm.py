@@ -7,8 +7,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .. import reference
 from . import checks
-from .backends import choose, define
+from .backends import choose, define, differentiated
 
 
 def rms_norm(x, weight, *, eps: float, residual=None, backend: str | None = None):
@@ -97,37 +98,56 @@ def _rms_norm_impl(x, weight, eps, backend="torch"):
     if backend == "triton":
         return _launched(x, None, weight, None, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x = x if x.stride(-1) == 1 else x.contiguous()  # a sum along another stride is taken in another order
-    _rms_norm_rows(out.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), weight, eps)
+    _rms_norm_rows(out, x, None, None, weight, eps)
     return out
-
-
-def _rms_norm_rows(out, x, weight, eps) -> None:
-    compute = torch.promote_types(x.dtype, torch.float32)
-    wide_weight = weight.to(compute)
-    for block in checks.row_blocks(x):
-        wide = x[block].to(compute)
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        out[block].copy_((wide * scale).mul_(wide_weight))
 
 
 def _add_rms_norm_impl(x, residual, weight, eps, backend="torch"):
     if backend == "triton":
         return _launched(x, residual, weight, None, eps)
-    total = torch.add(x, residual).contiguous()
-    return _rms_norm_impl(total, weight, eps, backend), total
+    out, total = _fake_sum(x)
+    _rms_norm_rows(out, x, residual, total, weight, eps)
+    return out, total
 
 
-def _rms_norm_grad(grad, x, weight, eps):
-    """(grad of x, grad of weight). With r = rsqrt(mean(x^2) + eps): r (g w - x r mean(g w x r)), sum(g x r)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    wide, upstream = (y.contiguous().to(compute) for y in (x, grad))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    unit = wide * scale
-    weighted = upstream * weight.to(compute)
-    grad_x = scale * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
-    grad_weight = (upstream * unit).flatten(0, -2).sum(0) if x.dim() > 1 else upstream * unit
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rms_norm_rows(out, x, residual, total, weight, eps) -> None:
+    """out = the norm of x, or of total = x + residual, a block of rows at a time."""
+    out, rows = _rows(out), _rows(x)
+    wide_weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    if residual is not None:
+        residual, total = _rows(residual), _rows(total)
+    for block, z, t in checks.row_blocks(rows, 2):
+        x = rows[block] if residual is None else torch.add(rows[block], residual[block], out=total[block])
+        x = checks.wide(x, z)
+        torch.mul(torch.mul(x, _inverse_rms(x, t, eps), out=t), wide_weight, out=out[block])
+
+
+def _inverse_rms(z, t, eps):
+    return torch.mul(z, z, out=t).mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _rms_norm_backward(grad, grad_total, x, weight, eps):
+    """Gradients of x, weight. With r = rsqrt(mean(x^2) + eps), u = x r: r (g w - u mean(g w u)) + what reaches x besides, sum(g u)."""
+    out = _fake_one(x)
+    rows, upstream, rows_out = map(_rows, (x, grad, out))
+    besides = None if grad_total is None else _rows(grad_total)
+    wide_weight, sums = weight.to(torch.promote_types(x.dtype, torch.float32)), []
+    for block, u, g, t in checks.row_blocks(rows, 3):
+        x = checks.wide(rows[block], u)
+        scale = _inverse_rms(x, t, eps)
+        torch.mul(x, scale, out=u)
+        sums.append(torch.mul(upstream[block], u, out=t).sum(0))
+        mean = t.mul_(wide_weight).mean(-1, keepdim=True)
+        torch.mul(upstream[block], wide_weight, out=g).addcmul_(u, mean, value=-1)
+        if besides is None:
+            torch.mul(g, scale, out=rows_out[block])
+        else:
+            torch.addcmul(besides[block], g, scale, out=rows_out[block])
+    return out, checks.total(sums, weight)
 
 
 def _layer_norm_impl(x, weight, bias, eps, backend="torch"):
@@ -143,22 +163,25 @@ def _add_layer_norm_impl(x, residual, weight, bias, eps, backend="torch"):
     return _layer_norm_impl(total, weight, bias, eps, backend), total
 
 
-def _layer_norm_grad(grad, x, weight, bias, eps):
-    """Gradients of x, weight, bias. With u = (x - mean) r: r (y - mean(y)) with y = g w - u mean(g w u), sum(g u), sum(g).
+def _layer_norm_backward(grad, grad_total, x, weight, bias, eps):
+    """Gradients of x, weight, bias: the library's, in float32, of blocks of rows.
 
-    Not the library's backward: on the CPU it keeps mean and 1/std, and sums, in the dtype of x (in bf16 30 times the error).
+    Of the whole it would sum rows one after another, and of bf16 tensors it keeps mean and 1/std, and sums, in bf16.
     """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    wide, upstream = (y.contiguous().to(compute) for y in (x, grad))
-    centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    unit = centred * scale
-    weighted = upstream * weight.to(compute)
-    inner = weighted - unit * (weighted * unit).mean(-1, keepdim=True)
-    inner = inner - inner.mean(-1, keepdim=True)  # last, which also takes out what rounding left of u's own mean
-    sums = (upstream * unit, upstream)
-    grad_weight, grad_bias = ((s.flatten(0, -2).sum(0) if x.dim() > 1 else s).to(weight.dtype) for s in sums)
-    return (scale * inner).to(x.dtype), grad_weight, grad_bias
+    out = _fake_one(x)
+    rows, upstream, rows_out = map(_rows, (x, grad, out))
+    besides = None if grad_total is None else _rows(grad_total)
+    parameters = [p.to(torch.promote_types(x.dtype, torch.float32)) for p in (weight, bias)]
+    sums, sums_bias = [], []
+    for block, z, g in checks.row_blocks(rows, 2):
+        x = checks.wide(rows[block], z)
+        _, *moments = torch.native_layer_norm(x, weight.shape, None, None, eps)
+        arguments = checks.wide(upstream[block], g), x, weight.shape, *moments, *parameters, (True, True, True)
+        inner, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(*arguments)
+        rows_out[block].copy_(inner if besides is None else inner.add_(besides[block]))
+        sums.append(grad_weight)
+        sums_bias.append(grad_bias)
+    return out, checks.total(sums, weight), checks.total(sums_bias, bias)
 
 
 def _save_inputs(ctx, inputs, output):
@@ -171,7 +194,7 @@ def _save_sum(ctx, inputs, output):
     ctx.save_for_backward(output[1], *parameters)
 
 
-def _alone(grad_function):
+def _alone(op):
     """Backward of an op on x."""
 
     def backward(ctx, grad):
@@ -179,13 +202,13 @@ def _alone(grad_function):
         if ctx.backend == "triton":
             grads = _launched_backward(grad, None, x, weight, *(bias or [None]), None, ctx.eps)[: 2 + len(bias)]
         else:
-            grads = grad_function(grad, x, weight, *bias, ctx.eps)
+            grads = op(grad, None, x, weight, *bias, ctx.eps)
         return *grads, None, None
 
     return backward
 
 
-def _with_sum(grad_function):
+def _with_sum(op):
     """Backward of an op on x + residual: both get the norm's gradient plus what reaches the sum directly."""
 
     def backward(ctx, grad, grad_sum):
@@ -194,8 +217,7 @@ def _with_sum(grad_function):
             grads = _launched_backward(grad, grad_sum, x, weight, *(bias or [None]), None, ctx.eps)
             grad_x, *grads = grads[: 2 + len(bias)]
         else:
-            grad_x, *grads = grad_function(grad, x, weight, *bias, ctx.eps)
-            grad_x = grad_x + grad_sum
+            grad_x, *grads = op(grad, grad_sum, x, weight, *bias, ctx.eps)
         return grad_x, grad_x, *grads, None, None
 
     return backward
@@ -209,6 +231,19 @@ def _fake_one(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+_rms_norm_grad = define(
+    "rms_norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _rms_norm_backward,
+    lambda grad, grad_total, x, weight, eps: (_fake_one(x), _fake_one(weight)),
+    **differentiated(lambda x, weight, eps: (reference.rms_norm(x, weight, eps=eps), x * 1), 2),
+)
+_layer_norm_grad = define(
+    "layer_norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _layer_norm_backward,
+    lambda grad, grad_total, x, weight, bias, eps: (_fake_one(x), _fake_one(weight), _fake_one(bias)),
+    **differentiated(lambda x, weight, bias, eps: (reference.layer_norm(x, weight, bias, eps=eps), x * 1), 2),
+)
 _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend='torch') -> Tensor",
     _rms_norm_impl,

@@ -212,28 +212,45 @@ def _check_places(q: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError("k: written in place like q, so that it needs memory of its own, got that of q")
 
 
-def _rotate_into(out: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> None:
-    """out [..., T, H, D] = x rotated by sign * angles [..., T, D/2]; out may be x."""
+def _cos_sin(q: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors [..., T, 1, D] and [..., T, 1, D/2] of sign * angles [..., T, D/2], in the dtype that q is turned in."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    angles = angles.contiguous()  # those of three axes come with the pairs as their rows
+    cos, sin = (f.mul_(scale).unsqueeze(-2) for f, scale in ((angles.cos(), scaling), (angles.sin(), scaling * sign)))
+    return torch.cat((cos, cos), -1).to(compute), sin.to(compute)
+
+
+def _rotate_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """out [..., T, H, D] = x turned by the angles of `_cos_sin`; out may be x."""
     if x.dim() == 4:
         for i in range(x.shape[0]):
-            _rotate_into(out[i], x[i], angles[i], scaling, sign)
+            _rotate_into(out[i], x[i], cos[i], sin[i])
         return
-    compute = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (
-        f.mul_(scale).unsqueeze(1).to(compute) for f, scale in ((angles.cos(), scaling), (angles.sin(), scaling * sign))
-    )
-    for block in checks.row_blocks(x):
-        a, b = x[block].to(compute).chunk(2, -1)
-        low, high = out[block].chunk(2, -1)
-        turned = torch.addcmul(a * cos[block], b, sin[block], value=-1)
-        high.copy_(torch.addcmul(b * cos[block], a, sin[block]))
-        low.copy_(turned)
+    direct = out.dtype == cos.dtype and out.data_ptr() != x.data_ptr()
+    for block, whole, turned in checks.row_blocks(x, 2):
+        if direct:
+            whole, turned = x[block], out[block]
+        else:
+            whole.copy_(x[block])
+        torch.mul(whole, cos[block], out=turned)
+        (a, b), (low, high) = whole.chunk(2, -1), turned.chunk(2, -1)
+        low.addcmul_(b, sin[block], value=-1)
+        high.addcmul_(a, sin[block])
+        if not direct:
+            out[block].copy_(turned)
 
 
-def _rotated(x: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> torch.Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _rotate_into(out, x, angles, scaling, sign)
-    return out
+def _rotated(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> tuple[torch.Tensor, ...]:
+    factors, outs = _cos_sin(q, angles, scaling, sign), _fake(q, k)
+    for out, x in zip(outs, (q, k), strict=True):
+        _rotate_into(out, x, *factors)
+    return outs
+
+
+def _rotate(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, scaling: float, sign: float) -> None:
+    factors = _cos_sin(q, angles, scaling, sign)
+    for x in (q, k):
+        _rotate_into(x, x, *factors)
 
 
 @functools.cache
@@ -270,16 +287,14 @@ def _mrope_impl(q, k, position_ids, inv_freq, sections, scaling, sign, backend="
     if backend == "triton":
         return _launched(q, k, position_ids, inv_freq, sections, scaling, sign)
     angles = mrope_angles(position_ids, inv_freq, sections)
-    return _rotated(q, angles, scaling, sign), _rotated(k, angles, scaling, sign)
+    return _rotated(q, k, angles, scaling, sign)
 
 
 def _mrope_inplace_impl(q, k, position_ids, inv_freq, sections, scaling, backend="torch"):
     _check_places(q, k)
     if backend == "triton":
         return _launched_inplace(q, k, position_ids, inv_freq, sections, scaling)
-    angles = mrope_angles(position_ids, inv_freq, sections)
-    for x in (q, k):
-        _rotate_into(x, x, angles, scaling, 1.0)
+    _rotate(q, k, mrope_angles(position_ids, inv_freq, sections), scaling, 1.0)
 
 
 def rotated(q, k, position_ids, inv_freq, sign, backend="torch"):
@@ -287,16 +302,14 @@ def rotated(q, k, position_ids, inv_freq, sign, backend="torch"):
     if backend == "triton":
         return _launched(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0, sign)
     angles = vision_rope_angles(position_ids, inv_freq)
-    return _rotated(q, angles, 1.0, sign), _rotated(k, angles, 1.0, sign)
+    return _rotated(q, k, angles, 1.0, sign)
 
 
 def rotate(q, k, position_ids, inv_freq, sign, backend) -> None:
     """The same in place."""
     if backend == "triton":
         return _launched_inplace(q, k, position_ids, inv_freq, [inv_freq.shape[0]] * 2, 1.0, sign)
-    angles = vision_rope_angles(position_ids, inv_freq)
-    for x in (q, k):
-        _rotate_into(x, x, angles, 1.0, sign)
+    _rotate(q, k, vision_rope_angles(position_ids, inv_freq), 1.0, sign)
 
 
 def _vision_rope_inplace_impl(q, k, position_ids, inv_freq, backend="torch"):
