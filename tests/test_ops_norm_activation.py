@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwen2vl_fast import ops, reference
+from qwen2vl_fast.ops import activation, checks
 from tests.compare import HALVES, Call, judge, same_bits
 from tests.test_ops_every import dtypes, usable
 from tests.test_ops_rope import randn
@@ -243,3 +244,54 @@ def test_bits_do_not_depend_on_threads():
                 assert same_bits(part(), expected[7:100])
     finally:
         torch.set_num_threads(before)
+
+
+VECTORS = {
+    "sigmoid": lambda x: checks.in_vectors(torch.sigmoid_, x),
+    "silu": lambda x: checks.in_vectors(activation._silu_, x),
+    "silu's gradient": lambda x: checks.in_vectors(activation._silu_backward_, x, x.clone()),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_vectors_have_the_same_bits_anywhere(name, dtype):
+    """What `in_vectors` rests on: 64 elements at any place, alone and inside any tensor, with any number of threads."""
+    run, before = VECTORS[name], torch.get_num_threads()
+    x = (3 * randn(64, dtype=dtype)).repeat(3000)
+    single = run(x[:64].clone())
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for count in (1, 63, 64, 65, 1000, 32767, 32768, 32769, 65536 + 64, 65537, 98304 + 1, 163840 + 33, 192000):
+                found = run(x[:count].clone())
+                assert same_bits(found, single.repeat(3000)[:count]), (threads, count)
+            for start in range(1, 64, 7):
+                part = x[start : start + 40000]
+                assert same_bits(run(part.clone()), single.repeat(3000)[start : start + 40000]), (threads, start)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_parameter_blocks(ops=ops, module=checks) -> None:
+    """A parameter's gradient has the rows of all blocks."""
+    x, weight = randn(40, 64), randn(64, seed=1).requires_grad_()
+    calls = {
+        "quick_gelu": lambda: ops.quick_gelu(x, weight),
+        "gelu": lambda: ops.gelu(x, weight),
+        "rms_norm": lambda: ops.rms_norm(x, weight, eps=1e-6),
+        "layer_norm": lambda: ops.layer_norm(x, weight, weight, eps=1e-6),
+    }
+    before = module._BLOCK_BYTES
+    for name, call in calls.items():
+        (whole,) = torch.autograd.grad(call().square().sum(), weight)
+        try:
+            module._BLOCK_BYTES = 1
+            (parts,) = torch.autograd.grad(call().square().sum(), weight)
+        finally:
+            module._BLOCK_BYTES = before
+        torch.testing.assert_close(parts, whole, msg=name)
+
+
+def test_parameter_gradients_in_blocks():
+    check_parameter_blocks()

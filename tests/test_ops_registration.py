@@ -45,6 +45,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
     hidden, words = randn(4, 6, device=device), randn(5, 6, device=device)
     loss, loss_lse = torch.ops.qwen2vl_fast.linear_cross_entropy(hidden, words, labels, -100)
     frames = torch.zeros(2, 28, 56, 3, dtype=torch.uint8, device=device)
+    rows, row = randn(3, 8, device=device), randn(8, device=device)
     return {
         "mrope": [(leaf(9, 4, 16), leaf(9, 2, 16), *rotary, 1.0), (leaf(9, 6, 16)[:, :4], leaf(9, 1, 16), *rotary, -1.0)],
         "vision_rope": [(leaf(9, 2, 16), leaf(9, 2, 16), *vision, 1.0)],
@@ -59,6 +60,10 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "swiglu": [(leaf(3, 8),), (leaf(2, 3, 8),)],
         "gated": [(leaf(3, 8), leaf(3, 8)), (leaf(2, 3, 8), leaf(2, 3, 8))],
         "gated_backward": [tuple(randn(3, 8, seed=seed, device=device) for seed in range(3))],
+        "pointwise_backward": [(rows, rows + 1, bias, quick) for bias in (row, None) for quick in (True, False)],
+        "swiglu_rows_backward": [(rows[:, :4], rows)],
+        "rms_norm_backward": [(rows, total, rows + 1, row, 1e-3) for total in (rows, None)],
+        "layer_norm_backward": [(rows, total, rows + 1, row, row, 1e-3) for total in (rows, None)],
         "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), whole(1, 2, 4).view(1, 3), 1e-6)],
         **dict.fromkeys(("norm_backward", "activation_backward", "swiglu_backward"), []),  # kernels alone: tests/interpreted
         "varlen_attention": [
@@ -236,6 +241,18 @@ def test_a_plain_call_goes_past_the_dispatcher(monkeypatch):
 def test_gradcheck(op):
     """Finite differences in float64 through the torch backend."""
     check_gradients(ops, op, backend="torch")
+
+
+@pytest.mark.parametrize("op", ("quick_gelu", "gelu", "swiglu", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"))
+def test_second_derivatives(op):
+    """Of the torch backend, in float64, also where one tensor stands for two arguments and where a parameter is frozen."""
+    function, *tensors = calls(3)[op]
+    tensors = [x.detach()[..., :6].double().requires_grad_() for x in tensors]
+    assert torch.autograd.gradgradcheck(function, tensors)
+    if "layer_norm" in op:
+        assert torch.autograd.gradgradcheck(lambda *x: function(*x, x[-1]), tensors[:-1])
+    if op != "swiglu":
+        assert torch.autograd.gradgradcheck(lambda x: function(x, *(y.detach() for y in tensors[1:])), tensors[:1])
 
 
 def calls(length: int, device: str = "cpu") -> dict[str, tuple]:

@@ -122,8 +122,8 @@ def differentiated(definition: Callable[..., Any], grads: int = 1) -> dict[str, 
             pairs = [(x.requires_grad_(), u) for x, u in zip(saved[grads:], upstream, strict=True) if x is not None]
             inputs, upstream = zip(*pairs, strict=True)
             outputs = definition(*saved[grads:], *ctx.rest)
-            ends = [(o, g) for o, g in zip(outputs, saved[:grads], strict=True) if g is not None]
-            first = torch.autograd.grad(*zip(*ends, strict=True), inputs, create_graph=True)
+            ends, given = zip(*((o, g) for o, g in zip(outputs, saved[:grads], strict=True) if g is not None), strict=True)
+            first = torch.autograd.grad(ends, inputs, given, create_graph=True)
             found = iter(torch.autograd.grad(first, wanted, upstream, create_graph=again, allow_unused=True))
         needed = iter(x is not None and x.requires_grad for x in ctx.saved_tensors)
         return tuple(next(found) if is_tensor and next(needed) else None for is_tensor in ctx.is_tensor)

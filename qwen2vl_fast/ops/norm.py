@@ -131,7 +131,7 @@ def _inverse_rms(z, t, eps):
 
 
 def _rms_norm_backward(grad, grad_total, x, weight, eps):
-    """Gradients of x, weight. With r = rsqrt(mean(x^2) + eps), u = x r: r (g w - u mean(g w u)) + what reaches x besides, sum(g u)."""
+    """Gradients of x, weight: r (g w - u mean(g w u)) + grad_total, sum(g u), with r = rsqrt(mean(x^2) + eps), u = x r."""
     out = _fake_one(x)
     rows, upstream, rows_out = map(_rows, (x, grad, out))
     besides = None if grad_total is None else _rows(grad_total)
