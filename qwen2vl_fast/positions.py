@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
@@ -209,21 +209,8 @@ def attention_schedule(
         cu_seqlens_or_grid_thw = vision_cu_seqlens(cu_seqlens_or_grid_thw)
     cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens_or_grid_thw.cpu())
     lengths, device = tuple(cu_seqlens.diff().tolist()), torch.device(device)
-    block_m, backward_m, lists = 0, 0, {"tiles": None}
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        block_m = block_rows(lengths, heads, head_dim, capability, causal)
-        lists["tiles"] = attention_tiles(cu_seqlens, heads, block_m, causal)
-        if capability == (9, 0) and not causal:  # causal tiles of one segment differ in length, and short ones end the list
-            lists["tiles"] = dealt_tiles(lists["tiles"], processors)
-        if torch.is_grad_enabled() if backward is None else backward:
-            backward_m = backward_rows(lengths, heads_k, head_dim, processors, causal)
-            lists["key_tiles"] = attention_key_tiles(cu_seqlens, heads_k, backward_m, causal)
-            lists["query_tiles"] = attention_tiles(cu_seqlens, heads, backward_m, causal)
-        lists = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items()}
-    return AttentionSchedule(
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+    schedule = AttentionSchedule(
+        cu_seqlens=cu_seqlens,
         lengths=lengths,
         max_seqlen=max(lengths, default=0),
         total=sum(lengths),
@@ -231,9 +218,38 @@ def attention_schedule(
         heads_k=heads_k,
         head_dim=head_dim,
         causal=causal,
-        block_m=block_m,
-        backward_m=backward_m,
-        **lists,
+        block_m=0,
+        tiles=None,
+    )
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        with_backward = torch.is_grad_enabled() if backward is None else backward
+        schedule = with_lists(schedule, capability, processors, with_backward)
+        lists = {name: getattr(schedule, name) for name in ("tiles", "key_tiles", "query_tiles")}
+        there = {name: x.pin_memory().to(device, non_blocking=True) for name, x in lists.items() if x is not None}
+        schedule = replace(schedule, **there)
+    return replace(schedule, cu_seqlens=cu_seqlens.to(device, non_blocking=True))
+
+
+def with_lists(
+    schedule: AttentionSchedule, capability: tuple[int, int], processors: int, backward: bool
+) -> AttentionSchedule:  # fmt: skip
+    """A schedule on the host with the lists of work, there too, for a device of this capability and so many multiprocessors."""
+    bounds, lengths, causal = schedule.cu_seqlens, schedule.lengths, schedule.causal
+    block_m = block_rows(lengths, schedule.heads, schedule.head_dim, capability, causal)
+    tiles = attention_tiles(bounds, schedule.heads, block_m, causal)
+    if capability == (9, 0) and not causal:  # causal tiles of one segment differ in length, and short ones end the list
+        tiles = dealt_tiles(tiles, processors)
+    schedule = replace(schedule, block_m=block_m, tiles=tiles)
+    if not backward:
+        return schedule
+    rows = backward_rows(lengths, schedule.heads_k, schedule.head_dim, processors, causal)
+    return replace(
+        schedule,
+        backward_m=rows,
+        key_tiles=attention_key_tiles(bounds, schedule.heads_k, rows, causal),
+        query_tiles=attention_tiles(bounds, schedule.heads, rows, causal),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -130,13 +130,6 @@ def schedule(
     processors: int = PROCESSORS,
 ):  # fmt: skip
     """positions.attention_schedule with the lists that it makes for a device of capability 8.0."""
-    heads_k = heads if heads_k is None else heads_k
     shape = {"heads": heads, "heads_k": heads_k, "head_dim": head_dim, "causal": causal}
     plain = positions.attention_schedule(cu_seqlens, **shape, device="cpu")
-    rows = positions.block_rows(plain.lengths, heads, head_dim, (8, 0), causal)
-    backward_m = positions.backward_rows(plain.lengths, heads_k, head_dim, processors, causal)
-    return replace(
-        plain, block_m=rows, tiles=positions.attention_tiles(cu_seqlens, heads, rows, causal),
-        backward_m=backward_m, key_tiles=positions.attention_key_tiles(cu_seqlens, heads_k, backward_m, causal),
-        query_tiles=positions.attention_tiles(cu_seqlens, heads, backward_m, causal),
-    )  # fmt: skip
+    return positions.with_lists(plain, (8, 0), processors, backward=True)
