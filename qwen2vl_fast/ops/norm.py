@@ -143,10 +143,9 @@ def _rms_norm_backward(grad, grad_total, x, weight, eps):
         sums.append(torch.mul(upstream[block], u, out=t).sum(0))
         mean = t.mul_(wide_weight).mean(-1, keepdim=True)
         torch.mul(upstream[block], wide_weight, out=g).addcmul_(u, mean, value=-1)
-        if besides is None:
-            torch.mul(g, scale, out=rows_out[block])
-        else:
-            torch.addcmul(besides[block], g, scale, out=rows_out[block])
+        torch.mul(g, scale, out=rows_out[block])
+        if besides is not None:  # an addition of its own, so that the bits are those of a norm and a sum apart
+            rows_out[block].add_(besides[block])
     return out, checks.total(sums, weight)
 
 
@@ -178,7 +177,9 @@ def _layer_norm_backward(grad, grad_total, x, weight, bias, eps):
         _, *moments = torch.native_layer_norm(x, weight.shape, None, None, eps)
         arguments = checks.wide(upstream[block], g), x, weight.shape, *moments, *parameters, (True, True, True)
         inner, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(*arguments)
-        rows_out[block].copy_(inner if besides is None else inner.add_(besides[block]))
+        rows_out[block].copy_(inner)
+        if besides is not None:
+            rows_out[block].add_(besides[block])
         sums.append(grad_weight)
         sums_bias.append(grad_bias)
     return out, checks.total(sums, weight), checks.total(sums_bias, bias)
