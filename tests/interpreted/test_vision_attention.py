@@ -15,7 +15,7 @@ from tests.test_ops_vision_attention import DIM, HEADS, TOKENS, pack, with_gradi
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 def test_the_bits_of_the_two_ops(dtype):
     def one_op(qkv, position_ids, inv_freq, schedule):
-        lists = (schedule.cu_seqlens, None, 0, None, None)
+        lists = (schedule.cu_seqlens, None, 0, None, None, 0)
         return _vision_attention(qkv, position_ids, inv_freq, *lists, DIM**-0.5, True, "triton", "torch")[0]
 
     def two_ops(qkv, position_ids, inv_freq, schedule):
