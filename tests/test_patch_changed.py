@@ -102,20 +102,35 @@ def test_rows_that_are_not_those_of_the_grids(hf, inputs):
                 hf.model.visual(rows, grid_thw=inputs["image_grid_thw"])
 
 
-def test_a_merger_that_is_no_sequential(hf, inputs):
-    class Wrapped(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x)
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
 
+
+PLACES = {
+    "visual.merger.mlp": "vision activations", "visual.merger": "vision activations", "visual.blocks.0": "vision norms",
+    "visual.rotary_pos_emb": "vision attention", "language_model.layers.0": "text norms", "language_model.rotary_emb": "m-rope",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_wrapped_module_is_called_and_reported(place, hf, inputs):
     with torch.no_grad():
         expected = forward(hf, inputs).logits[real_tokens(inputs)]
-        hf.model.visual.merger.mlp = Wrapped(hf.model.visual.merger.mlp)
-        with patched(hf):
+        parent, _, name = place.rpartition(".")
+        wrapped = Wrapped(hf.model.get_submodule(place))
+        for attribute in ("attention_type", "gradient_checkpointing"):  # what the library reads from outside
+            if hasattr(wrapped.inner, attribute):
+                setattr(wrapped, attribute, getattr(wrapped.inner, attribute))
+        setattr(hf.model.get_submodule(parent), name, wrapped)
+        with patched(hf) as report:
             check_parity(forward(hf, inputs).logits[real_tokens(inputs)], expected, "released")
+    part = report.parts[PLACES[place]]
+    assert part.passed or part.refused, report
 
 
 def test_unpatch_where_the_class_method_is_back(hf, inputs):

@@ -102,19 +102,21 @@ class Installer:
 
     def _tower(self, tower: nn.Module, path: str) -> None:
         release, at = self.release, f"{path}." if path else ""
-        exact = _exact_vision(tower.rotary_pos_emb)
+        rotary = self._owner(tower.rotary_pos_emb, ("VisionRotaryEmbedding", "Qwen2VLVisionRotaryEmbedding"))
         attention = not self._leave("vision attention")
         rope = not self._leave("vision rope")
         if rope and not attention:
             self.parts["vision rope"].refuse("it needs attention=True")
+        if attention and rotary is None:
+            self.parts["vision attention"].refuse(f"{at}rotary_pos_emb is a {type(tower.rotary_pos_emb).__name__}")
+            attention = False
         if attention:
             attention = self._attention(tower, at, rope)
         if attention:
             self._hook(
                 tower, path, TARGETS[3], "packing", vision.tower,
                 needs=("patch_embed", "rotary_pos_emb", "blocks", "merger", "spatial_merge_size"),
-                arguments=("hidden_states", "grid_thw"), exact=exact,
-                rotary=self._owner(tower.rotary_pos_emb, ("VisionRotaryEmbedding", "Qwen2VLVisionRotaryEmbedding")),
+                arguments=("hidden_states", "grid_thw"), exact=_exact_vision(tower.rotary_pos_emb), rotary=rotary,
                 run=release.record(vision.run_tower), output=release.tower_output, checkpoints=release.tower_checkpoints,
             )  # fmt: skip
         else:
@@ -126,23 +128,23 @@ class Installer:
             for index, block in enumerate(tower.blocks):
                 name = f"{at}blocks.{index}"
                 for norm in ("norm1", "norm2"):
-                    self._layer_norm(getattr(block, norm), f"{name}.{norm}")
+                    self._layer_norm(getattr(block, norm, None), f"{name}.{norm}")
                 self._hook(
                     block, name, "Qwen2VLVisionBlock", "vision norms", vision.block, needs=("norm1", "norm2", "attn", "mlp"),
                     arguments=("hidden_states", "cu_seqlens", "position_embeddings"), kind=nn.LayerNorm,
                     checkpoints=release.forward_checkpoints,
                 )  # fmt: skip
-            self._layer_norm(tower.merger.ln_q, f"{at}merger.ln_q")
+            self._layer_norm(getattr(tower.merger, "ln_q", None), f"{at}merger.ln_q")
         if not self._leave("vision activations"):
             functions = self._activations()
             for index, block in enumerate(tower.blocks):
                 name = f"{at}blocks.{index}.mlp"
-                if type(getattr(block.mlp, "act", None)) not in functions:
-                    kind = type(getattr(block.mlp, "act", None)).__name__
-                    self.parts["vision activations"].refuse(f"the activation is a {kind}")
+                mlp = getattr(block, "mlp", None)
+                if type(getattr(mlp, "act", None)) not in functions:
+                    self.parts["vision activations"].refuse(f"the activation is a {type(getattr(mlp, 'act', None)).__name__}")
                     continue
                 needs = ("fc1", "fc2")
-                self._hook(block.mlp, name, "VisionMlp", "vision activations", vision.mlp, needs=needs, functions=functions)
+                self._hook(mlp, name, "VisionMlp", "vision activations", vision.mlp, needs=needs, functions=functions)
             needs = ("ln_q", "mlp", "hidden_size")
             self._hook(tower.merger, f"{at}merger", "PatchMerger", "vision activations", vision.merger, needs=needs)
 
@@ -154,7 +156,7 @@ class Installer:
             return False
         bound = [
             self._hook(
-                block.attn, f"{at}blocks.{index}.attn", kinds, "vision attention", vision.attention,
+                getattr(block, "attn", None), f"{at}blocks.{index}.attn", kinds, "vision attention", vision.attention,
                 needs=("qkv", "proj", "num_heads"), arguments=("hidden_states", "cu_seqlens", "position_embeddings"),
                 rope=self.parts["vision rope"] if rope else Part("vision rope", "", "", enabled=False),
                 library_rope=self.release.modeling.apply_rotary_pos_emb_vision,
@@ -192,7 +194,7 @@ class Installer:
             found = {f"{at}norm": decoder.norm}
             for index, layer in enumerate(decoder.layers):
                 for norm in ("input_layernorm", "post_attention_layernorm"):
-                    found[f"{at}layers.{index}.{norm}"] = getattr(layer, norm)
+                    found[f"{at}layers.{index}.{norm}"] = getattr(layer, norm, None)
                 self._hook(
                     layer, f"{at}layers.{index}", "Qwen2VLDecoderLayer", "text norms", text.layer,
                     needs=("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"), arguments=("hidden_states",),
@@ -206,23 +208,24 @@ class Installer:
 
             kinds = {nn.SiLU, type(activations.get_activation("silu"))}
             for index, layer in enumerate(decoder.layers):
-                if type(getattr(layer.mlp, "act_fn", None)) not in kinds:
-                    self.parts["swiglu"].refuse(f"the activation is a {type(getattr(layer.mlp, 'act_fn', None)).__name__}")
+                mlp = getattr(layer, "mlp", None)
+                if type(getattr(mlp, "act_fn", None)) not in kinds:
+                    self.parts["swiglu"].refuse(f"the activation is a {type(getattr(mlp, 'act_fn', None)).__name__}")
                     continue
                 needs = ("gate_proj", "up_proj", "down_proj")
-                self._hook(layer.mlp, f"{at}layers.{index}.mlp", "Qwen2MLP", "swiglu", text.mlp, needs=needs, activations=kinds)
+                self._hook(mlp, f"{at}layers.{index}.mlp", "Qwen2MLP", "swiglu", text.mlp, needs=needs, activations=kinds)
 
     def _mrope(self, decoder: nn.Module, at: str) -> None:
         part, rotary = self.parts["m-rope"], decoder.rotary_emb
         kinds = ("Qwen2VLSdpaAttention", "Qwen2VLFlashAttention2", "Qwen2VLAttention")
-        sections = _sections(rotary, decoder.layers[0].self_attn) if len(decoder.layers) else None
-        reason = None
-        if sections is None or len(sections) != 3:
+        sections = _sections(rotary, getattr(decoder.layers[0], "self_attn", None)) if len(decoder.layers) else None
+        reason = self._refusal(rotary, f"{at}rotary_emb", "Qwen2VLRotaryEmbedding")
+        if reason is None and (sections is None or len(sections) != 3):
             reason = f"mrope_section is {sections}, expected three numbers"
-        elif rotary.rope_type in ("dynamic", "longrope"):
+        if reason is None and rotary.rope_type in ("dynamic", "longrope"):
             reason = f"rope type {rotary.rope_type} changes its frequencies with the length"
         for index, layer in enumerate(decoder.layers):  # all of them or none: the rotary module serves every layer
-            reason = reason or self._refusal(layer.self_attn, f"{at}layers.{index}.self_attn", kinds)
+            reason = reason or self._refusal(getattr(layer, "self_attn", None), f"{at}layers.{index}.self_attn", kinds)
         if reason is not None:
             return part.refuse(reason)
         exact = _exact_text(rotary)
