@@ -149,7 +149,7 @@ def test_attentions_by_the_config(shared, inputs):
     for config in {id(c): c for c in (m.config for m in hf.modules() if hasattr(m, "config"))}.values():
         config.output_attentions = True
     report = compare(hf, models.batch(ONE))
-    assert report.parts["packing"].passed["attention weights were asked for"] == (2 if OLD_TRANSFORMERS else 1)
+    assert report.parts["packing"].passed["attention weights were asked for"] == 1
 
 
 @pytest.mark.parametrize("place", ["model.visual.blocks", "model.language_model.layers"])
@@ -231,6 +231,7 @@ def test_unpatch_and_patch_in_the_middle_of_a_stream(hf):
 # Inputs.
 
 
+@NEW  # 4.52 itself fails with embeddings and no mask
 def test_embeddings_after_a_call_with_media(hf):
     """transformers 5.x then adds the rope deltas of the call before, so that ids of real tokens are negative."""
     media = models.batch([[("text", 1), ("image", 20, 20), ("text", 2)]])
