@@ -318,7 +318,6 @@ SUMMARY = (
     ("tower_cuda_bfloat16", "whole tower, in a CUDA graph", "transformers sdpa", GRAPH),
     ("patch_cpu_avx512", "patched model, 4 layers", "transformers sdpa", "patched"),
     ("patch_cpu", "patched model, 4 layers", "transformers sdpa", "patched"),
-    ("patch_cpu_large", "patched model, 4 layers", "transformers sdpa", "patched"),
     ("preprocess_cpu", "pictures to pixel rows", "transformers PIL", OURS),
 )
 
