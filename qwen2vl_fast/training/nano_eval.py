@@ -7,6 +7,7 @@ are word for word what float32 said.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def answer(model: Any, processor: Processor, samples: Sequence[Sample]) -> list[
     answers: list[str] = []
     for start in range(0, len(samples), BATCH):
         inputs = processor([conversation(sample, answered=False) for sample in samples[start : start + BATCH]])
-        if not isinstance(model, Qwen2VL):
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # transformers 5
             inputs["mm_token_type_ids"] = token_types(inputs["input_ids"], processor)
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
