@@ -10,8 +10,9 @@ is each one's own: transformers' processors, or ours (also in front of the patch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def tell(story: str, name: str, seconds: dict[str, float]) -> str:
     return f"{story:<20} {name:<24} " + ", ".join(f"{part} {value * 1e3:.1f} ms" for part, value in seconds.items())
 
 
+@contextlib.contextmanager
+def patched_as(name: str, model: Any) -> Iterator[Any]:
+    """The model as this contender has it, and the report if that is patched."""
+    if name != PATCHED:
+        yield None
+        return
+    report = qwen2vl_fast.patch(model)
+    try:
+        yield report
+    finally:
+        qwen2vl_fast.unpatch(model)
+
+
 def run_story(
     story: str, paths: list[str], theirs: Any, ours: Qwen2VL, options: argparse.Namespace, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
@@ -146,7 +160,7 @@ def run_story(
     kind = "videos" if video else "images"
     device_pixels = prepared["pixel_values_videos" if video else "pixel_values"]
     tokens = options.tokens
-    report = None
+    head: list[str] = []
 
     def greedy(count: int) -> torch.Tensor:
         return theirs.generate(**prepared, do_sample=False, min_new_tokens=count, max_new_tokens=count)
@@ -162,17 +176,17 @@ def run_story(
     if not error < (1e-3 if dtype == torch.float32 else 5e-2):
         raise RuntimeError(f"{story}: the models disagree, relative error {error:.1e} of the logits")
 
-    def judge(name: str, out: torch.Tensor) -> None:
-        """The unpatched model judges, at our positions."""
-        longer = {"position_ids": mrope_position_ids(out, **grids)[0]}
-        kinds = torch.nn.functional.pad(prepared["mm_token_type_ids"], (0, JUDGED))
-        judge_tokens(f"{story}, {name}", theirs, prepared, out, JUDGED, mm_token_type_ids=kinds, **longer)
-
+    names = taking_part(options, dict.fromkeys((THEIRS, PATCHED, OURS)), PEERS)
+    for name in names:
+        if name != THEIRS:  # who judges, at our positions
+            with patched_as(name, theirs):
+                out = (our_greedy if name == OURS else greedy)(JUDGED)
+            kinds = torch.nn.functional.pad(prepared["mm_token_type_ids"], (0, JUDGED))
+            more = {"mm_token_type_ids": kinds, "position_ids": mrope_position_ids(out, **grids)[0]}
+            judge_tokens(f"{story}, {name}", theirs, prepared, out, JUDGED, **more)
     facts = {}
-    for name in taking_part(options, dict.fromkeys((THEIRS, PATCHED, OURS)), PEERS):
-        if name == PATCHED:
-            report = qwen2vl_fast.patch(theirs)
-        try:
+    for name in names:
+        with patched_as(name, theirs) as report:
             if name == OURS:
                 tower, generate = lambda: ours.encode_images(device_pixels, own_grid), our_greedy
             else:
@@ -180,14 +194,11 @@ def run_story(
             preprocess_seconds, _ = seconds_of(other if name == THEIRS else own, options.repeats)
             seconds_of(tower, 1)
             tower_seconds, _ = seconds_of(tower, options.repeats)
-            said = generate(JUDGED)
+            generate(2)
             first, _ = seconds_of(lambda run=generate: run(1), options.repeats)
             whole, _ = seconds_of(lambda run=generate: run(1 + tokens), options.repeats)
-        finally:
-            if name == PATCHED:
-                qwen2vl_fast.unpatch(theirs)
-        if name != THEIRS:
-            judge(name, said)
+        if report is not None:
+            head = str(report).splitlines()[:1]
         values = (preprocess_seconds, tower_seconds, first - tower_seconds, (whole - first) / tokens)
         facts[name] = {"seconds": dict(zip(PARTS, values, strict=True))}
         say(options, tell(story, name, facts[name]["seconds"]))
@@ -197,7 +208,7 @@ def run_story(
         "visual_tokens": int(own_grid.prod(1).sum()) // 4,
         "prompt_tokens": prepared["input_ids"].shape[1],
         "error": error,
-        "patched": str(report).splitlines()[:1],
+        "patched": head,
         "contenders": facts,
     }
 

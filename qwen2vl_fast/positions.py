@@ -232,9 +232,7 @@ def attention_schedule(
     return replace(schedule, cu_seqlens=cu_seqlens.to(device, non_blocking=True))
 
 
-def with_lists(
-    schedule: AttentionSchedule, capability: tuple[int, int], processors: int, backward: bool
-) -> AttentionSchedule:  # fmt: skip
+def with_lists(schedule: AttentionSchedule, capability: tuple[int, int], processors: int, backward: bool) -> AttentionSchedule:
     """A schedule on the host with the lists of work, there too, for a device of this capability and so many multiprocessors."""
     bounds, lengths, causal = schedule.cu_seqlens, schedule.lengths, schedule.causal
     block_m = block_rows(lengths, schedule.heads, schedule.head_dim, capability, causal)

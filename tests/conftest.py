@@ -29,3 +29,29 @@ def poison() -> Iterator[None]:
     """torch.empty comes filled with NaN."""
     with compare.poisoned():
         yield
+
+
+# Of the tests of patch. Imported where they run: not every environment has transformers.
+
+
+@pytest.fixture(scope="module")
+def shared() -> torch.nn.Module:
+    """A small model of transformers, not to be left changed."""
+    from tests import models, patching
+
+    return patching.model_of(models.CONFIGS["released"])
+
+
+@pytest.fixture
+def hf(shared: torch.nn.Module) -> torch.nn.Module:
+    """One of the same weights, to do with as one likes."""
+    from tests import patching
+
+    return patching.twin(shared)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    from tests import models, patching
+
+    return models.batch(patching.MIXED)

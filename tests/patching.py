@@ -23,6 +23,11 @@ from tests import models
 from tests.compare import PARITY, check_parity
 from tests.models import labels_of, peer_inputs, real_tokens, released_config
 
+MIXED = [
+    [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
+    [("text", 7)],
+    [("image", 2, 4), ("text", 3)],
+]
 EVERYWHERE = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2|mlp\.0|mlp\.2)$"
 
 

@@ -143,6 +143,13 @@ def test_json_alone_is_on_standard_output(capsys):
     assert json.loads(captured.out)["rows"] == [{"product": "qkv"}] and captured.err == "a line\n"
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_number_of_rounds_that_is_none(count, capsys):
+    with pytest.raises(SystemExit):
+        timing.parser("linear", "x").parse_args(["--repeats", count])
+    assert "expected a number of 1 or more" in capsys.readouterr().err
+
+
 LENGTHS = (5, 64, 1, 33)
 
 

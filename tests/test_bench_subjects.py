@@ -212,6 +212,20 @@ def test_json_alone_is_on_standard_output_where_parts_are_told_too(capsys, narro
     assert json.loads(capsys.readouterr().out)["name"] == "patch_cpu"
 
 
+def test_a_patched_training_step_of_another_loss_is_not_timed(narrow, monkeypatch):
+    build = patch.twin
+
+    def other(model):
+        found = build(model)
+        found.model.language_model.norm.variance_epsilon = 10.0  # the weights are shared
+        return found
+
+    monkeypatch.setattr(patch, "twin", other)
+    monkeypatch.setattr(patch, "forwards", lambda *_: [])
+    with pytest.raises(RuntimeError, match="training step: losses"):
+        patch.main(["--cases", "a", "--depth", "1", "--repeats", "1", "--train"])
+
+
 def test_a_patched_model_whose_run_is_cut_short(tmp_path, narrow, monkeypatch):
     contenders = patch.contenders
     monkeypatch.setattr(patch, "contenders", lambda *args: contenders(*args) if args[3]["input_ids"].shape[1] < 100 else 1 / 0)
@@ -266,11 +280,12 @@ def test_rows_of_something_else_are_not_timed(tmp_path, monkeypatch, capsys):
     contenders = preprocess.contenders(False)[0]
     upside_down = lambda paths: contenders[preprocess.PIL](paths).flip(0)  # noqa: E731
     cut = lambda paths: contenders[preprocess.PIL](paths)[1:]  # noqa: E731
-    others = {preprocess.VISION: upside_down, preprocess.UTILS: cut}
+    others = {preprocess.VISION: upside_down, preprocess.UTILS: cut, preprocess.VISION_CUDA: lambda paths: paths[9]}
     monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | others, {}))
     preprocess.main(["--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["preprocess_cpu"]["rows"]
     assert "grey levels off" in row["contenders"][preprocess.VISION]["missing"]
+    assert row["contenders"][preprocess.VISION_CUDA]["missing"].startswith("fails: IndexError")
     assert "(127, 1176) instead of (128, 1176)" in row["contenders"][preprocess.UTILS]["missing"]
     monkeypatch.setattr(preprocess, "contenders", lambda _: (contenders | {preprocess.OURS: upside_down}, {}))
     with pytest.raises(RuntimeError, match="other rows than transformers'"):

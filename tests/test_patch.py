@@ -17,30 +17,13 @@ from qwen2vl_fast.patch import vision
 from tests import matrix, models, patching
 from tests.compare import check, check_parity, error
 from tests.models import CONFIGS, OLD_TRANSFORMERS, peer_inputs, real_tokens
-from tests.patching import compare, forward, model_of, patched, twin
+from tests.patching import MIXED, compare, forward, model_of, patched, twin
 
-MIXED = [
-    [("text", 3), ("image", 4, 6), ("text", 5), ("video", 2, 4, 4), ("image", 2, 2), ("text", 2)],
-    [("text", 7)],
-    [("image", 2, 4), ("text", 3)],
-]
 NEW = pytest.mark.skipif(OLD_TRANSFORMERS, reason="something that transformers 4.52 does not have")
 PARTS = [
     "one tower pass", "position ids", "packing", "patch embedding", "vision attention", "vision rope", "vision norms",
     "vision activations", "m-rope", "text norms", "swiglu", "loss",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shared() -> nn.Module:
-    """Not to be left changed."""
-    return model_of(CONFIGS["released"])
-
-
-@pytest.fixture
-def hf(shared: nn.Module) -> nn.Module:
-    return twin(shared)
-
 
 
 # Equality.

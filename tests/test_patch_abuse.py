@@ -16,27 +16,11 @@ import qwen2vl_fast
 from tests import models
 from tests.compare import check_parity
 from tests.models import CONFIGS, OLD_TRANSFORMERS, PAD, labels_of, peer_inputs, real_tokens
-from tests.patching import compare, forward, gradients, model_of, patched, twin
-from tests.test_patch import MIXED, NEW
+from tests.patching import MIXED, compare, forward, gradients, model_of, patched, twin
+from tests.test_patch import NEW
 
 ONE = MIXED[:1]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def shared() -> nn.Module:
-    """Not to be left changed."""
-    return model_of(CONFIGS["released"])
-
-
-@pytest.fixture
-def hf(shared: nn.Module) -> nn.Module:
-    return twin(shared)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, torch.Tensor]:
-    return models.batch(MIXED)
 
 
 @pytest.fixture(scope="module")

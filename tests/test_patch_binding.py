@@ -21,20 +21,8 @@ from qwen2vl_fast.patch import releases
 from tests import models
 from tests.compare import check_parity
 from tests.models import CONFIGS, OLD_TRANSFORMERS, labels_of, peer_inputs, real_tokens
-from tests.patching import classes, compare, forward, model_of, patched, same, snapshot, twin
-from tests.test_patch import MIXED, NEW, PARTS
-
-
-@pytest.fixture(scope="module")
-def shared() -> nn.Module:
-    """Not to be left changed."""
-    return model_of(CONFIGS["released"])
-
-
-@pytest.fixture
-def hf(shared: nn.Module) -> nn.Module:
-    return twin(shared)
-
+from tests.patching import MIXED, classes, compare, forward, model_of, patched, same, snapshot, twin
+from tests.test_patch import NEW, PARTS
 
 # Modules that somebody swapped, hooks, roundings.
 

@@ -9,27 +9,10 @@ import torch
 from torch import nn
 
 import qwen2vl_fast
-from tests import models
 from tests.compare import check_parity
-from tests.models import CONFIGS, OLD_TRANSFORMERS, labels_of, peer_inputs, real_tokens
-from tests.patching import forward, model_of, patched, twin
-from tests.test_patch import MIXED, NEW
-
-
-@pytest.fixture(scope="module")
-def shared() -> nn.Module:
-    """Not to be left changed."""
-    return model_of(CONFIGS["released"])
-
-
-@pytest.fixture
-def hf(shared: nn.Module) -> nn.Module:
-    return twin(shared)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, torch.Tensor]:
-    return models.batch(MIXED)
+from tests.models import OLD_TRANSFORMERS, labels_of, peer_inputs, real_tokens
+from tests.patching import forward, patched, twin
+from tests.test_patch import NEW
 
 
 def override_features(hf: nn.Module) -> None:

@@ -201,7 +201,7 @@ def bare(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     if type(module) is not kind and not (isinstance(kind, tuple) and type(module) in kind):
         return False
     own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if _watched(own):
         return False
     if _all.forward_hooks or _all.forward_pre_hooks or _all.backward_hooks or _all.backward_pre_hooks:
         return False
@@ -212,9 +212,11 @@ def bare(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
 
 def silent(module: nn.Module, kind: type) -> bool:
     """Whether nobody sees or changes what module's forward gives: of this class, no hooks but accelerate's."""
-    own = vars(module)
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return type(module) is kind and not hooks and not replaced_elsewhere(module)
+    return type(module) is kind and not _watched(vars(module)) and not replaced_elsewhere(module)
+
+
+def _watched(own: dict[str, Any]) -> bool:
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 class _all:

@@ -25,9 +25,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Does the class's work up to the embeddings, and leaves the rest to the class."""
     hook = hook_of(self)
     kwargs = dict(hook.bind(args, kwargs))
-    reason = _unfit(kwargs) if hook.part.enabled else ""
-    if reason is None and (changed := _overridden(self, hook.more["owner"])):
-        reason = f"{changed} is not the class's"
+    reason = _unfit(self, kwargs)
     if not hook.part.enabled or reason is not None:
         if hook.part.enabled and reason:
             hook.part.fell_back(reason)
@@ -48,7 +46,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return original(self, **{**kwargs, "inputs_embeds": embeds})
 
 
-def _unfit(kwargs: dict[str, Any]) -> str | None:
+def _unfit(self: nn.Module, kwargs: dict[str, Any]) -> str | None:
     """Why a call is the library's alone: "" where there is nothing to do, else a reason to report."""
     pixels = any(kwargs.get(name) is not None for name in PIXELS)
     if kwargs.get("inputs_embeds") is not None or kwargs.get("input_ids") is None:
@@ -57,7 +55,8 @@ def _unfit(kwargs: dict[str, Any]) -> str | None:
         return ""  # which the class refuses
     if _precomputed(kwargs):
         return "precomputed inputs of one modality were given"
-    return None
+    changed = _overridden(self, hook_of(self).more["owner"])
+    return changed and f"{changed} is not the class's"
 
 
 def _overridden(self: nn.Module, owner: type) -> str | None:

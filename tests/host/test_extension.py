@@ -131,6 +131,18 @@ def test_other_key_lengths_under_a_causal_mask_have_one_block_size(extension):
         assert extension.launched[-2] == f"keys {rows}"
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_without_a_schedule_the_size_is_chosen_as_for_equal_keys(extension, monkeypatch, causal, same):
+    """Three segments, 4 heads on 2, 100 queries on 130 keys, or on 100 of the same boundaries."""
+    asked = []
+    monkeypatch.setattr(attention_cuda, "backward_rows", lambda *arguments: asked.append(arguments) or 64)
+    lengths, keys = [70, 10, 20], [70, 10, 20] if same else [50, 50, 30]
+    hold(lengths, heads=4, heads_k=2, keys=None if same else keys, causal=causal, deterministic=True)
+    known = () if causal and not same else (-(-sum(keys) // 3),)
+    assert asked and set(asked) == {(known, 3 * 2, 80, host.PROCESSORS, causal)}
+
+
 @pytest.mark.parametrize(("heads_k", "causal"), [(4, False), (2, True), (1, False)])
 def test_a_schedule_changes_no_bit(extension, heads_k, causal):
     lengths = [70, 0, 1, 200, 64]
