@@ -6,6 +6,7 @@ Everything here runs on the host with PIL, numpy and torch. Files are checked fr
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import operator
 import os
@@ -34,6 +35,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # Rows normalised at a time: 128 rows of a still image are 300 KB of float32, so the passes over them stay in cache.
 _BLOCK = 128
 _BAND = 1024  # rows that a thread takes at a time, as whole lines of squares
+_SPLIT = 2**18  # pixels from which on the resize of a single image is dealt to threads
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -173,7 +175,8 @@ def preprocess_images(
     def frame(item: tuple[str, Any, int, int]) -> np.ndarray:
         name, image, low, high = item
         loaded = load_image(image, limits=limits, name=name)
-        return resize_frame(loaded, resized(loaded.height, loaded.width, low, high, name))[None]
+        size = resized(loaded.height, loaded.width, low, high, name)
+        return resize_frame(loaded, size, threads=torch.get_num_threads() if len(images) == 1 else 1)[None]
 
     # Two of the list may be one PIL object, which decodes itself when it is first looked at.
     alone = not any(isinstance(image, Image.Image) for image in images)
@@ -267,9 +270,38 @@ def patchify_frames(frames: np.ndarray | torch.Tensor, *, out: torch.Tensor | No
     return out
 
 
-def resize_frame(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """An RGB image at `size` = (height, width) by PIL's bicubic filter, as uint8 [H,W,3] to read."""
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+def resize_frame(image: Image.Image, size: tuple[int, int], *, threads: int = 1) -> np.ndarray:
+    """An RGB image at `size` = (height, width) by PIL's bicubic filter, as uint8 [H,W,3] to read.
+
+    Large images are dealt to threads, rows of PIL's pass along them and then columns of its pass down: each row and column
+    is computed by itself and rounded to 8 bits, so the bits are those of one call. That holds where PIL takes these passes in
+    this order: since Pillow 13 not where the height shrinks by more than twice as many pixels as the width.
+    """
+    height, width = size
+    small = max(image.width * image.height, height * width) < _SPLIT
+    down_first = image.height - height > max(0, 2 * (image.width - width))
+    if threads < 2 or image.size == (width, height) or small or down_first:
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    wide = Image.new("RGB", (width, image.height))
+    frame = np.empty((height, width, 3), np.uint8)
+
+    def along(rows: tuple[int, int]) -> None:
+        part = image.crop((0, rows[0], image.width, rows[1]))
+        wide.paste(part.resize((width, part.height), Image.Resampling.BICUBIC), (0, rows[0]))
+
+    def down(columns: tuple[int, int]) -> None:
+        part = wide.crop((columns[0], 0, columns[1], wide.height))
+        frame[:, slice(*columns)] = part.resize((part.width, height), Image.Resampling.BICUBIC)
+
+    _on_threads(along, _parts(wide.height, threads))
+    _on_threads(down, _parts(width, threads))
+    return frame
+
+
+def _parts(length: int, count: int) -> list[tuple[int, int]]:
+    """`count` ranges of about the same size, none empty, that make up range(length)."""
+    ends = [length * i // count for i in range(count + 1)]
+    return [(start, end) for start, end in itertools.pairwise(ends) if start < end]
 
 
 def resized(height: int, width: int, min_pixels: int, max_pixels: int, name: str) -> tuple[int, int]:

@@ -175,6 +175,30 @@ def test_threads_change_nothing(monkeypatch, tmp_path):
     assert torch.equal(preprocess_images([one, one])[0], preprocess_images([paths[2]] * 2)[0])
 
 
+def test_a_resize_dealt_to_threads_has_the_bits_of_one_call(monkeypatch):
+    """Enlarged, reduced, along one side alone, sides below the number of threads; where PIL changes its order."""
+    monkeypatch.setattr(media, "_SPLIT", 1)
+    sizes = [(28, 28), (84, 140), (140, 84), (300, 29), (720, 1280), (728, 1288), (1, 3)]
+    pairs = [(size, other) for size in sizes for other in sizes]
+    pairs += [((200, 150), (200 - 2 * less + edge, 150 - less)) for less in (0, 1, 10, 50) for edge in (-1, 0, 1)]
+    for i, ((height, width), size) in enumerate(pairs):
+        image = Image.fromarray(noise(i, height, width, 3))
+        expected = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
+        for threads in (1, 2, 5):
+            found = media.resize_frame(image, size, threads=threads)
+            assert np.array_equal(found, expected), (height, width, size, threads)
+
+
+def test_a_large_image_alone_is_resized_by_all_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ranges, on_threads = [], media._on_threads
+    monkeypatch.setattr(media, "_on_threads", lambda function, items: ranges.append(list(items)) or on_threads(function, items))
+    image = Image.fromarray(noise(0, 500, 700, 3))
+    alone, _ = preprocess_images([image])
+    assert ranges[:2] == [[(0, 250), (250, 500)], [(0, 350), (350, 700)]]
+    assert torch.equal(alone, preprocess_images([image, image])[0][: len(alone)])
+
+
 def test_the_first_bad_image_is_named_whatever_the_threads_do(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     good = encoded(picture(64, 64), "PNG")
