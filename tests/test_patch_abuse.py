@@ -152,6 +152,41 @@ def test_a_layer_put_in_after_patch(hf, shared, inputs, logits, place):
     assert any("attention that patch did not see" in why for why in report.parts[part].passed), report
 
 
+@pytest.mark.parametrize("strange", [False, True])
+def test_a_new_list_of_layers_after_patch(hf, shared, inputs, strange):
+    """In another order, one of them a copy or (strange) one that patch has not seen: the report says so."""
+    other = twin(shared)
+    report = qwen2vl_fast.patch(hf)
+    decoders = [model.model.language_model for model in (hf, other)]
+    for decoder, plain in zip(decoders, (shared, other), strict=True):
+        first, second = decoder.layers
+        last = twin(plain).model.language_model.layers[0] if strange else copy.deepcopy(first)
+        decoder.layers = nn.ModuleList([second, last])
+    with torch.no_grad():
+        agrees(hf, inputs, forward(other, inputs).logits[real_tokens(inputs)])
+    assert bool(report.parts["m-rope"].calls) != strange
+    assert any("attention that patch did not see" in why for why in report.parts["m-rope"].passed) == strange
+
+
+def test_a_copied_layer_brings_no_other_layers(hf):
+    qwen2vl_fast.patch(hf)
+    for layer in (hf.model.language_model.layers[0], hf.model.visual.blocks[0]):
+        copies = {}
+        copy.deepcopy(layer, copies)
+        assert sum(isinstance(x, nn.Parameter) for x in copies.values()) == len(list(layer.parameters()))
+
+
+def test_text_on_meta(shared):
+    """Shapes without numbers, to count a model's work, with and without labels."""
+    hf = twin(shared).to("meta")
+    ids = torch.arange(7, device="meta")[None]
+    with patched(hf) as report:
+        assert hf(input_ids=ids).logits.shape == (1, 7, hf.config.get_text_config().vocab_size)
+        hf.train()
+        assert hf(input_ids=ids, labels=ids).loss.is_meta
+    assert all(report.parts[name].calls for name in ("m-rope", "text norms", "swiglu", "loss"))
+
+
 def test_parametrized_weights(hf, shared, inputs):
     class Twice(nn.Module):
         def forward(self, weight):

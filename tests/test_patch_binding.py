@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl as peer
 
 import qwen2vl_fast
-from qwen2vl_fast.patch import releases
+from qwen2vl_fast.patch import releases, text
 from tests import models
 from tests.compare import check_parity
 from tests.models import CONFIGS, OLD_TRANSFORMERS, labels_of, peer_inputs, real_tokens
@@ -233,6 +233,7 @@ def test_colqwen2(shared):
         expected = hf(**given).embeddings
         with patched(hf) as report:
             got = hf(**given).embeddings
+            assert all(row["error"] < 1e-5 for row in report.verify(given, repeats=1))
     real = real_tokens(inputs)
     check_parity(got[real], expected[real], "released")
     assert all(report.parts[name].calls for name in ("packing", "vision attention", "m-rope", "text norms", "swiglu")), report
@@ -385,3 +386,31 @@ def test_report_verifies(hf, capsys):
     assert hf.training and all(m.training for m in hf.modules()) and hf.model.rope_deltas is deltas
     printed = capsys.readouterr().out
     assert all(name in printed for name in PARTS)
+
+
+def test_verify_with_dropout_a_cache_and_other_outputs(hf):
+    """Every run draws the same numbers and gets the same cache; outputs without names are compared."""
+    inputs = peer_inputs(hf, models.batch(MIXED))
+    for layer in hf.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.gate_proj = nn.Sequential(layer.mlp.gate_proj, nn.Dropout(0.5))
+    cache = transformers.DynamicCache()
+    state = torch.get_rng_state()
+    with patched(hf) as report:
+        rows = report.verify({**inputs, "labels": labels_of(models.batch(MIXED))}, repeats=1)
+        assert rows[-2]["part"] == "loss" and all(row["error"] < 1e-5 for row in rows)
+        assert all(row["error"] < 1e-5 for row in report.verify({**inputs, "past_key_values": cache}, repeats=1))
+        assert all(row["error"] < 1e-5 for row in report.verify({**inputs, "return_dict": False}, repeats=1))
+        with pytest.raises(ValueError, match="repeats"):
+            report.verify(inputs, repeats=0)
+    assert cache.get_seq_length() == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_verify_tells_of_an_error(hf, monkeypatch):
+    """A part that computes something else is seen in its row and in that of all parts, and in no other."""
+    inputs = peer_inputs(hf, models.batch(MIXED))
+    plain = text.gated
+    monkeypatch.setattr(text, "gated", lambda *args, **options: plain(*args, **options) * 1.01)
+    with patched(hf) as report:
+        rows = report.verify(inputs, repeats=1)
+    assert {row["part"] for row in rows if row["error"] > 1e-4} == {"swiglu", "all"}

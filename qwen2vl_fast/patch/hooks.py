@@ -236,8 +236,13 @@ def readable(parameter: torch.Tensor | None, x: torch.Tensor) -> bool:
     )
 
 
+def autocast(x: torch.Tensor) -> bool:
+    """Whether x's device is under autocast; torch has no such thing for the device meta."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def plain_linear(layer: nn.Module, x: torch.Tensor) -> bool:
-    if not bare(layer, nn.Linear) or torch.is_autocast_enabled(x.device.type):
+    if not bare(layer, nn.Linear) or autocast(x):
         return False
     return readable(layer.weight, x) and (layer.bias is None or readable(layer.bias, x))
 

@@ -23,18 +23,18 @@ TARGETS = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel", "Qwen2VLTextModel"
 def parts() -> dict[str, Part]:
     """The rows of a report, in its order."""
     rows = (
-        Part("one tower pass", "", "model.forward"),
+        Part("one tower pass", "", "model"),
         Part("position ids", "", "model.get_rope_index"),
-        Part("packing", "", "visual.forward"),
-        Part("patch embedding", "", "visual.patch_embed.forward"),
-        Part("vision attention", "varlen_attention", "visual.blocks.*.attn.forward"),
-        Part("vision rope", "vision_rope", "visual.blocks.*.attn.forward"),
-        Part("vision norms", "layer_norm", "visual.blocks.*.forward, .norm1, .norm2, visual.merger.ln_q"),
-        Part("vision activations", "quick_gelu", "visual.blocks.*.mlp.forward, visual.merger.forward"),
-        Part("m-rope", "mrope", "language_model.rotary_emb.forward, .layers.*.self_attn.forward"),
-        Part("text norms", "rms_norm", "language_model.layers.*.forward, .input_layernorm, .post_attention_layernorm, .norm"),
-        Part("swiglu", "swiglu", "language_model.layers.*.mlp.forward"),
-        Part("loss", "linear_cross_entropy", "forward"),
+        Part("packing", "", "visual"),
+        Part("patch embedding", "", "visual.patch_embed"),
+        Part("vision attention", "varlen_attention", "visual.blocks.*.attn"),
+        Part("vision rope", "vision_rope", "visual.blocks.*.attn"),
+        Part("vision norms", "layer_norm", "visual.blocks.*, .norm1, .norm2, .ln_q"),
+        Part("vision activations", "quick_gelu", "visual.blocks.*.mlp, visual.merger"),
+        Part("m-rope", "mrope", "rotary_emb, layers.*.self_attn"),
+        Part("text norms", "rms_norm", "layers.*, .*_layernorm, norm"),
+        Part("swiglu", "swiglu", "layers.*.mlp"),
+        Part("loss", "linear_cross_entropy", "the model itself"),
     )
     return {part.name: part for part in rows}
 
@@ -231,7 +231,7 @@ class Installer:
         exact = _exact_text(rotary)
         hooked = self._hook(
             rotary, f"{at}rotary_emb", "Qwen2VLRotaryEmbedding", "m-rope", text.rotary,
-            needs=("inv_freq", "attention_scaling"), arguments=("x", "position_ids"), exact=exact, layers=decoder.layers,
+            needs=("inv_freq", "attention_scaling"), arguments=("x", "position_ids"), exact=exact, decoder=decoder,
         )  # fmt: skip
         if not hooked:
             return None
@@ -239,7 +239,7 @@ class Installer:
             self._hook(
                 layer.self_attn, f"{at}layers.{index}.self_attn", kinds, "m-rope", text.attention,
                 needs=("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx"),
-                arguments=("hidden_states", "attention_mask", "position_embeddings"), sections=tuple(sections), rotary=rotary,
+                arguments=("hidden_states", "attention_mask", "position_embeddings"), sections=tuple(sections),
                 interface=self.release.interface(), mask_options=self.release.mask_options(),
                 returns_cache=self.release.attention_returns_cache,
             )  # fmt: skip

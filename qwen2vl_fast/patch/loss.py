@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .hooks import bare, hook_of, original
+from .hooks import autocast, bare, hook_of, original
 
 IGNORE = -100
 _OF_THE_LOSS = ("labels", "logits_to_keep", "num_items_in_batch", "shift_labels", "return_dict")
@@ -64,8 +64,8 @@ def _loss(
     if targets is None:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     hidden, weight = hidden.flatten(0, 1).to(self.lm_head.weight.device), self.lm_head.weight
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind):  # which the op, unlike lm_head, knows nothing of
+    kind = "cpu" if weight.is_meta else weight.device.type
+    if autocast(weight):  # which the op, unlike lm_head, knows nothing of
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
     targets = targets.reshape(-1).to(weight.device)
     with torch.autocast(kind, enabled=False):

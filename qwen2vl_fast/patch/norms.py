@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .hooks import Hook, Part, bare, hook_of, original, readable
+from .hooks import Hook, Part, autocast, bare, hook_of, original, readable
 
 
 def layer_norm(self: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
@@ -51,14 +51,14 @@ def _usable(norm: nn.Module, hook: Hook, x: torch.Tensor, *parameters: torch.Ten
         if not readable(parameter, x):
             break
     else:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast(x):
             return True
     _say(hook.part, norm, x)
     return False
 
 
 def _say(part: Part, norm: nn.Module, x: torch.Tensor) -> None:
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast(x):
         part.fell_back("autocast")
     elif norm.weight is None or norm.weight.dtype != x.dtype:
         part.fell_back("its weight has another dtype than its input")

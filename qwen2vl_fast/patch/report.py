@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from ..ops.backends import choose
 from .hooks import Options, Part, hooked
+
+CACHES = ("past_key_values", "past_key_value")  # arguments that a forward writes to
 
 
 class PatchReport:
@@ -36,10 +39,10 @@ class PatchReport:
         return choose(part.op, self.options.backends[part.op], device) if part.op and device.type != "meta" else "torch"
 
     def __str__(self) -> str:
-        lines = [f"{'part':<19} {'backend':<8} {'calls':>6}  status"]
+        lines = [f"{'part':<19} {'hook':<40} {'backend':<8} {'calls':>6}  status"]
         for row in self.rows():
-            lines.append(f"{row['part']:<19} {row['backend']:<8} {row['calls']:>6}  {row['status']}")
-            lines += [f"{'':<37}the library's code ran {n} times: {why}" for why, n in row["passed"].items()]
+            lines.append(f"{row['part']:<19} {row['hook']:<40} {row['backend']:<8} {row['calls']:>6}  {row['status']}")
+            lines += [f"{'':<78}the library's code ran {n} times: {why}" for why, n in row["passed"].items()]
         return "\n".join([f"{type(self.model).__name__} of transformers {self.version}", *lines])
 
     __repr__ = __str__
@@ -47,11 +50,15 @@ class PatchReport:
     def verify(self, batch: Mapping[str, Any], *, repeats: int = 3) -> list[dict[str, Any]]:
         """Runs model(**batch) as it was, with each part alone and with all of them; prints and returns error and speed.
 
-        batch: what the model's forward takes. With labels the fused loss is compared too.
-        error: max |patched - unpatched| / max |unpatched| of the logits (the loss; without a head the hidden states).
+        batch: what the model's forward takes. With labels the fused loss is compared too. A cache in it is copied for each
+            run; every run begins with the same state of the random generators, which are put back at the end.
+        error: max |patched - unpatched| / max |unpatched| of the logits (the loss; without a head the first floating output).
         speed: time unpatched / time patched, median of `repeats`. A part that needs another one is timed with it.
         Counters of the report go on counting.
+        Raises: ValueError for repeats below 1; RuntimeError if the model is not patched.
         """
+        if repeats < 1:
+            raise ValueError(f"repeats: expected 1 or more, got {repeats}")
         if any(part.bound for part in self.parts.values()) and not any(map(hooked, self.model.modules())):
             raise RuntimeError("verify: the model is not patched, so that there is nothing to compare")
         together = {
@@ -61,7 +68,7 @@ class PatchReport:
         }
         rows = []
         bound = [part for part in self.parts.values() if part.bound]
-        with _kept(self.model), torch.no_grad():
+        with _kept(self.model) as same_random_numbers, torch.no_grad():
             for name in [*(part.name for part in bound), "all"]:
                 needed = {name, *together.get(name, ())}
                 ours = [part for part in bound if name == "all" or part.name in needed]
@@ -72,6 +79,7 @@ class PatchReport:
                 results, seconds = {}, {False: [], True: []}
                 for turn in range(repeats + 1):
                     for patched in (False, True):
+                        same_random_numbers()
                         with _only(bound, ours if patched else []):
                             elapsed, results[patched] = _timed(self.model, batch)
                         seconds[patched] += [elapsed] if turn else []
@@ -85,13 +93,25 @@ class PatchReport:
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward leaves on the model: the mode of every module, transformers' rope_deltas."""
+def _kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Puts back what a forward leaves behind: the mode of every module, transformers' rope_deltas, the random generators.
+
+    Yields a function that puts the generators back, for runs that are to draw the same numbers.
+    """
     modes = [(module, module.training) for module in model.modules()]
     deltas = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    states = [(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device) for device in devices]
+    states.append((torch.set_rng_state, torch.get_rng_state()))
+
+    def same_random_numbers() -> None:
+        for put, *state in states:
+            put(*state)
+
     try:
-        yield
+        yield same_random_numbers
     finally:
+        same_random_numbers()
         for module, mode in modes:
             module.training = mode
         for module, value in deltas:
@@ -112,6 +132,7 @@ def _only(bound: list[Part], ours: list[Part]) -> Iterator[None]:
 
 def _timed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[float, torch.Tensor]:
     cuda = next(model.parameters()).device.type == "cuda"
+    batch = {name: copy.deepcopy(value) if name in CACHES else value for name, value in batch.items()}
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -122,12 +143,17 @@ def _timed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[float, torch.Ten
 
 
 def _result(output: Any, training: bool) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
+    """What is compared: the logits, in training the loss, or the first floating tensor that there is."""
+    if not isinstance(output, Mapping):
+        outputs = output if isinstance(output, (tuple, list)) else [output]
+        return next(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())
     names = ("loss",) if training else ("logits", "pooler_output", "last_hidden_state")
-    return next(output[name] for name in names if output.get(name) is not None)
+    found = next((output[name] for name in names if output.get(name) is not None), None)
+    return _result(tuple(output.values()), training) if found is None else found
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    top = theirs.double().abs().max()
-    return float((ours.double() - theirs.double()).abs().max() / top) if top else float(ours.double().abs().max())
+    both = ours.isnan() & theirs.isnan()  # what ColQwen2 makes of padding
+    ours, theirs = (x.double().masked_fill(both, 0.0) for x in (ours, theirs))
+    top = theirs.abs().max()
+    return float((ours - theirs).abs().max() / top) if top else float(ours.abs().max())

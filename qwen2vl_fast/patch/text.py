@@ -6,6 +6,8 @@ that they are. Shape letters: B batch, S length, H/Hk query/key heads, D head di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +22,16 @@ from .vision import frequencies
 
 
 class Rotation(NamedTuple):
-    """In the place of (cos, sin); three fields, so that code which expects those two fails instead of taking them.
+    """In the place of (cos, sin); four fields, so that code which expects those two fails instead of taking them.
 
     position_ids: [3, B, S]. bits: [D/2] int32, the float32 frequencies bit by bit (see vision.Pack). scaling: of cos and sin.
+    library: (x, position_ids) -> (cos, sin), the class's.
     """
 
     position_ids: torch.Tensor
     bits: torch.Tensor
     scaling: float
+    library: Callable
 
 
 def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -35,12 +39,13 @@ def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
     hook = hook_of(self)
     if not hook.part.enabled:
         return original(self, x, position_ids)
-    if reason := _unfit(x, position_ids, hook.more["layers"]):
+    if reason := _unfit(x, position_ids, hook.more["decoder"].layers):
         hook.part.fell_back(reason)
         return original(self, x, position_ids)
     hook.part.ran()
     table = frequencies(self, hook.more["exact"]).to(x.device)
-    return Rotation(position_ids.expand(3, x.shape[0], -1), table.view(torch.int32), float(self.attention_scaling))
+    ids, library = position_ids.expand(3, x.shape[0], -1), MethodType(original, self)
+    return Rotation(ids, table.view(torch.int32), float(self.attention_scaling), library)
 
 
 def _unfit(x: torch.Tensor, position_ids: torch.Tensor, layers: nn.ModuleList) -> str | None:
@@ -64,7 +69,7 @@ def attention(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs
     interface = hook.more["interface"](self, kwargs)
     if interface is None:
         hook.part.fell_back("attention weights were asked for, or an implementation without AttentionInterface")
-        kwargs["position_embeddings"] = original(hook.more["rotary"], hidden_states, rotation.position_ids)
+        kwargs["position_embeddings"] = rotation.library(hidden_states, rotation.position_ids)
         return original(self, hidden_states, **kwargs)
     hook.part.ran()
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)

@@ -18,7 +18,19 @@ from ..ops.linear import linear
 from ..ops.vision_attention import vision_attention
 from ..positions import AttentionSchedule, attention_schedule, check_grid, check_grid_shape, vision_position_ids
 from ..reference import vision_rope_angles
-from .hooks import activate, bare, hook_of, hooked, original, plain_linear, project, readable, silent, unknown_activation
+from .hooks import (
+    activate,
+    autocast,
+    bare,
+    hook_of,
+    hooked,
+    original,
+    plain_linear,
+    project,
+    readable,
+    silent,
+    unknown_activation,
+)
 from .norms import add_norm
 
 MAX_PACK_PATCHES = 1 << 17  # patches that go through the tower at once
@@ -146,7 +158,7 @@ def patch_embed(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     hook, proj = hook_of(self), self.proj
     x = hidden_states.to(proj.weight.dtype)
     usable = bare(proj, nn.Conv3d) and readable(proj.weight, x) and proj.bias is None
-    if not hook.part.enabled or not usable or torch.is_autocast_enabled(x.device.type):
+    if not hook.part.enabled or not usable or autocast(x):
         if hook.part.enabled:
             hook.part.fell_back("autocast" if usable else "the convolution is not a plain Conv3d with its weight in place")
         return original(self, hidden_states)
