@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen2vl_fast.ops import linear as module
 from qwen2vl_fast.ops.linear import linear
 from tests.compare import HALVES, Call, judge, same_bits
 from tests.test_ops_every import dtypes
@@ -23,8 +24,15 @@ def term_by_term(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return total.view(*x.shape[:-1], -1)
 
 
+@pytest.fixture(params=[False, True], ids=["oneDNN", "MKL"], autouse=True)
+def mkl(request, monkeypatch):
+    """Both ways that float32 takes on a CPU, whatever the processor."""
+    monkeypatch.setattr(module, "_MKL", request.param)
+    return request.param
+
+
 @dtypes
-@pytest.mark.parametrize("size", [(7, 48), (1, 48), (2, 5, 48), (48,), (33, 1280)])
+@pytest.mark.parametrize("size", [(7, 48), (1, 48), (2, 5, 48), (48,), (33, 1280), (800, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rule(size, bias, dtype, device):
     """Outputs and every gradient; PyTorch's error is that of torch's own product, or of the plainest order of summation."""
@@ -73,3 +81,12 @@ def test_only_what_is_asked_for(device):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(tensors)]
         (grad,) = torch.autograd.grad(linear(*leaves).sum(), leaves[i])
         assert same_bits(grad, expected[i])
+
+
+def test_who_multiplies(mkl, monkeypatch):
+    """By the number of rows; everything is oneDNN's where MKL leaves a part of the processor unused."""
+    chosen = []
+    monkeypatch.setattr(module.F, "linear", lambda x, *_: chosen.append(x.numel() // x.shape[-1]) or x.new_empty(0))
+    for rows in (1, 2, 3, 767, 768, 2000):
+        linear(randn(rows, 16), randn(8, 16))
+    assert chosen == ([1, 2, 768, 2000] if mkl else [])
