@@ -219,15 +219,29 @@ def _plan(q, k, bounds, bounds_k, causal):
 def forward(q, k, v, bounds, bounds_k, scale, causal):
     """(o [T, H, D], lse [H, T] float32, or float64 for float64)."""
     group = q.shape[1] // k.shape[1]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for start, start_k, count, length, length_k, mask in _plan(q, k, bounds, bounds_k, causal):
+    plan = list(_plan(q, k, bounds, bounds_k, causal))
+    covered = sum(count * length for _, _, count, length, _, _ in plan)
+    out = lse = None
+    for start, start_k, count, length, length_k, mask in plan:
         queries = _heads_first(q, start, count, length)
         keys, values = (_heads_first(x, start_k, count, length_k, group) for x in (k, v))
         o, row_lse = _FORWARD[q.device.type == "cpu"](queries, keys, values, mask, scale)
+        row_lse = row_lse.transpose(0, 1).flatten(1)
+        if count * length == q.shape[0]:  # all rows at once: what the library wrote is the result
+            with torch._C._AutoDispatchBelowADInplaceOrView():  # no view for autograd
+                return o.transpose(1, 2).reshape(q.shape), row_lse
+        if out is None:
+            out, lse = _outputs(q, covered == q.shape[0])
         _heads_first(out, start, count, length).copy_(o)
-        lse[:, start : start + count * length] = row_lse.transpose(0, 1).flatten(1)
-    return out, lse
+        lse[:, start : start + count * length] = row_lse
+    return (out, lse) if plan else _outputs(q, False)
+
+
+def _outputs(q: torch.Tensor, covered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse as they are for a row that sees no key; not filled where every row will be written."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+    return (out, lse) if covered else (out.zero_(), lse.fill_(-math.inf))
 
 
 def _attention_backward_impl(grad, q, k, v, out, lse, bounds, bounds_k, scale, causal):
