@@ -67,7 +67,9 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "merge_rows": [(leaf(8, 4), leaf(4), leaf(4), whole(1, 2, 4).view(1, 3), 1e-6)],
         **dict.fromkeys(("norm_backward", "activation_backward", "swiglu_backward"), []),  # kernels alone: tests/interpreted
         "varlen_attention": [
-            (*(x.clone().requires_grad_() for x in (q, k, v)), bounds, bounds, 0.25, causal) for causal in (True, False)
+            (*(x.clone().requires_grad_() for x in (q, k, v)), ends, ends, 0.25, causal)
+            for causal in (True, False)
+            for ends in (bounds, bounds[::3], torch.arange(10, dtype=torch.int32, device=device)[::3].contiguous())
         ],
         "varlen_attention_backward": [(torch.ones_like(out), q, k, v, out, lse, bounds, bounds, 0.25, False)],
         "vision_attention": [(leaf(9, 3, 2, 16), *vision, bounds, None, 0, None, None, 0, 0.25, True, "torch", "torch")],

@@ -229,7 +229,7 @@ def forward(q, k, v, bounds, bounds_k, scale, causal):
         row_lse = row_lse.transpose(0, 1).flatten(1)
         if count * length == q.shape[0]:  # all rows at once: what the library wrote is the result
             with torch._C._AutoDispatchBelowADInplaceOrView():  # no view for autograd
-                return o.transpose(1, 2).reshape(q.shape), row_lse
+                return o.transpose(1, 2).contiguous().view(q.shape), row_lse.contiguous()
         if out is None:
             out, lse = _outputs(q, covered == q.shape[0])
         _heads_first(out, start, count, length).copy_(o)

@@ -8,11 +8,11 @@ from ..positions import check_integer
 from . import checks
 from .backends import choose, define
 
-_CHUNK_BYTES = 1 << 26  # of float32 logits alive at once
+_BLOCK_BYTES = 1 << 27  # of float32 logits alive at once
 
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, backend: str | None = None):
-    """Mean cross entropy of hidden @ weight^T against labels, computed a chunk of rows at a time.
+    """Mean cross entropy of hidden @ weight^T against labels, computed a block of words at a time.
 
     loss = mean over rows t with labels[t] != ignore_index of logsumexp(z_t) - z_t[labels[t]], z_t = weight hidden_t.
 
@@ -48,55 +48,71 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index: int = -100, ba
     return _loss(hidden, weight, labels, ignore_index)[0]
 
 
-def _chunks(hidden, weight):
-    step = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-    for start in range(0, hidden.shape[0], step):
+# By words and not by rows: each block of weight is read once, and its gradient written once, whatever the number of rows.
+
+
+def _blocks(hidden, weight):
+    step = max(1, _BLOCK_BYTES // (4 * max(1, hidden.shape[0])))
+    for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
 
 
 def _logits(hidden, weight):
-    """Less each row's maximum: otherwise a log-sum-exp of 30 would be rounded to 2e-6 in float32."""
-    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
-    return logits.sub_(logits.amax(-1, keepdim=True))
+    return (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _places(labels, block, logits):
+    """Where each row's label stands in a block of logits [T, 1], and whether it is there [T, 1]."""
+    place = labels[:, None] - block.start
+    inside = (place >= 0) & (place < logits.shape[1])
+    return place.where(inside, 0), inside
 
 
 def _loss_impl(hidden, weight, labels, ignore_index):
+    """The loss, and for the backward pass the largest logit of each row and the logarithm of sum exp(z - largest): [2, T].
+
+    Apart, since their sum would be rounded: a log-sum-exp of 30 to 2e-6 in float32.
+    """
     counted = labels != ignore_index
-    safe = labels.where(counted, 0)
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    lse = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
-    picked = torch.empty_like(lse)
-    for chunk in _chunks(hidden, weight):
-        logits = _logits(hidden[chunk], weight)
-        lse[chunk] = logits.logsumexp(-1)
-        picked[chunk] = logits.gather(1, safe[chunk, None]).squeeze(1)
-    return (lse - picked).masked_fill_(~counted, 0).sum() / counted.sum(), lse
+    top = torch.full(labels.shape, -torch.inf, dtype=compute, device=hidden.device)
+    total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)  # so it stays where a label on a device is no word
+    for block in _blocks(hidden, weight):
+        logits = _logits(hidden, weight[block])
+        place, inside = _places(labels, block, logits)
+        picked = torch.where(inside[:, 0], logits.gather(1, place)[:, 0], picked)
+        before, top = top, torch.maximum(top, logits.amax(-1))
+        total = total * (before - top).exp() + logits.sub_(top[:, None]).exp_().sum(-1)
+    stats = torch.stack((top, total.log()))
+    costs = stats[1] - (picked - top)
+    return costs.masked_fill(~counted, 0).sum() / counted.sum(), stats
 
 
-def _loss_backward_impl(grad, hidden, weight, labels, lse, ignore_index, wants_hidden, wants_weight):
-    """d loss / d z_t = (softmax(z_t) - onehot(label_t)) / count, with the logits of a chunk computed again.
+def _loss_backward_impl(grad, hidden, weight, labels, stats, ignore_index, wants_hidden, wants_weight):
+    """d loss / d z_t = (softmax(z_t) - onehot(label_t)) / count, with the logits of a block computed again.
 
     A gradient that nobody wants is empty: that of a frozen head would be the largest tensor here.
     """
     counted = labels != ignore_index
-    safe = labels.where(counted, 0)
-    factor = (grad / counted.sum()).masked_fill(~counted, 0)
-    grad_hidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
-    grad_weight = torch.zeros(weight.shape if wants_weight else 0, dtype=lse.dtype, device=weight.device)
-    for chunk in _chunks(hidden, weight):
-        slope = (_logits(hidden[chunk], weight) - lse[chunk, None]).exp_()
-        slope.scatter_add_(1, safe[chunk, None], slope.new_full((slope.shape[0], 1), -1.0))
-        slope = slope.mul_(factor[chunk, None]).to(hidden.dtype)
+    factor = (grad / counted.sum()).masked_fill(~counted, 0)[:, None]
+    top, log_total = stats[:, :, None]
+    grad_hidden = torch.zeros(hidden.shape if wants_hidden else 0, dtype=stats.dtype, device=hidden.device)
+    grad_weight = torch.empty_like(weight) if wants_weight else weight.new_empty(0)
+    for block in _blocks(hidden, weight):
+        slope = _logits(hidden, weight[block]).sub_(top).sub_(log_total).exp_()
+        place, inside = _places(labels, block, slope)
+        slope.scatter_add_(1, place, -inside.to(slope.dtype))
+        slope = slope.mul_(factor).to(hidden.dtype)
         if wants_hidden:
-            grad_hidden[chunk] = slope @ weight
+            grad_hidden += slope @ weight[block]
         if wants_weight:
-            grad_weight += slope.t() @ hidden[chunk]
-    return grad_hidden, grad_weight.to(weight.dtype)
+            torch.mm(slope.t(), hidden, out=grad_weight[block])
+    return grad_hidden.to(hidden.dtype), grad_weight
 
 
 def _fake(hidden, weight, labels, ignore_index):
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty((), dtype=compute), hidden.new_empty(hidden.shape[0], dtype=compute)
+    return hidden.new_empty((), dtype=compute), hidden.new_empty((2, hidden.shape[0]), dtype=compute)
 
 
 def _setup(ctx, inputs, output):
@@ -104,7 +120,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, labels, output[1])
 
 
-def _backward(ctx, grad, grad_lse):
+def _backward(ctx, grad, grad_stats):
     wanted = ctx.needs_input_grad[:2]
     grads = _loss_grad(grad, *ctx.saved_tensors, ctx.ignore_index, *wanted)
     return *(g if wants else None for g, wants in zip(grads, wanted, strict=True)), None, None
@@ -118,10 +134,10 @@ _loss = define(
     backward=_backward,
 )
 _loss_grad = define(
-    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
+    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor stats, int ignore_index,"
     " bool wants_hidden, bool wants_weight) -> (Tensor, Tensor)",
     _loss_backward_impl,
-    lambda grad, hidden, weight, labels, lse, ignore_index, *wanted: tuple(
+    lambda grad, hidden, weight, labels, stats, ignore_index, *wanted: tuple(
         x.new_empty(x.shape if wants else 0) for x, wants in zip((hidden, weight), wanted, strict=True)
     ),
 )
