@@ -71,6 +71,7 @@ BYTES = {
     "bias quick gelu": 20480, "bias gelu": 20480, "bias quick gelu backward": 30720, "bias gelu backward": 30720,
     "swiglu 8960": 6 * 8960, "swiglu 18944": 6 * 18944, "swiglu 29568": 6 * 29568, "swiglu 18944 backward": 10 * 18944,
     **{f"gated {width}": 6 * width for width in (8960, 18944, 29568)}, "gated 18944 backward": 10 * 18944,
+    "loss": 2 * 151936, "loss backward": 4 * 151936,  # of a token over all blocks of words
     "patchify": 3 * 1176,
 }  # fmt: skip
 # kernel -> (subject, op) of the measured results

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "registers.json"
 CAPABILITIES = (80, 90)
-MODULES = ("rope", "norm", "activation", "gated", "patchify", "resize", "sums")
+MODULES = ("rope", "norm", "activation", "gated", "loss", "patchify", "resize", "sums")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -127,7 +127,7 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 def cases() -> dict[str, Launch]:
     """The released models' shapes in bf16, and one small or odd shape a kernel: name -> launch."""
-    from qwen2vl_fast.kernels import activation, gated, merge, norm, patchify, resize, rope
+    from qwen2vl_fast.kernels import activation, gated, loss, merge, norm, patchify, resize, rope
 
     def bf16(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -181,6 +181,10 @@ def cases() -> dict[str, Launch]:
         keep(f"gated {width}", gated.launch, bf16(48, width), bf16(48, width))
     keep("swiglu 18944 backward", activation.launch_swiglu_backward, bf16(48, 18944), bf16(48, 2 * 18944))
     keep("gated 18944 backward", gated.launch_backward, *(bf16(48, 18944) for _ in range(3)))
+
+    rows = [torch.empty(48) for _ in range(3)]
+    for name, launcher in (("loss", loss.launch), ("loss backward", loss.launch_slopes)):
+        keep(name, launcher, bf16(48, 8192), torch.zeros(48, dtype=torch.int64), 8192, *rows)
 
     frames = torch.empty((2, 56, 84, 3), dtype=torch.uint8)
     keep("patchify", patchify.launch, frames, torch.bfloat16, (0.1, 0.2, 0.3), (-1.0, -2.0, -3.0))

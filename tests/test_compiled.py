@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from qwen2vl_fast.kernels import activation, gated, merge, norm, patchify, resize, rope
+from qwen2vl_fast.kernels import activation, gated, loss, merge, norm, patchify, resize, rope
 from tests.compiled import CAPABILITIES, TABLE, Launch, cases, compiled, kernels, recorded, source
 
 REGISTERS = 65536  # of a multiprocessor
@@ -22,6 +22,8 @@ def narrow_allowed(name: str) -> set[str]:
         return {"STG 2"}  # one column a thread, so that many programs share the work
     if "rope" in name:
         return {"LDG 8", "LDG 4"}  # positions and frequencies
+    if "loss" in name:
+        return {"LDG 2", "LDG 4", "LDG 8", "STG 4"}  # of a row: the label, its logit, the statistics
     if "raster" in name:
         return {"LDG 8", "LDGSTS 8"}  # row numbers
     if "160" in name:
@@ -35,7 +37,7 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
     wide_store, wide_load = "STG 16" in accesses, {"LDG 16", "LDGSTS 16"} & set(accesses)
-    if not (wide_store or name.endswith("sums") or name == "resize") or not (wide_load or name in ("patchify", "resize")):
+    if not (wide_store or name.endswith("sums") or name in ("resize", "loss")) or not (wide_load or name in ("patchify", "resize")):
         found.append("no access of 16 bytes")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
@@ -100,6 +102,10 @@ def test_no_recompilation_when_lengths_change():
         note("gelu backward", activation.launch_backward, x, x, weight, False)
         note("swiglu", activation.launch_swiglu, x)
         note("gated", gated.launch, x, x.clone())
+        labels, rows = torch.zeros(count, dtype=torch.int64), [torch.empty(count) for _ in range(3)]
+        for words in (160, 1024):  # a block's follow from the rows, and are multiples of 16 for the released vocabulary
+            note("loss", loss.launch, x.new_empty(count, words), labels, words * count, *rows)
+            note("loss backward", loss.launch_slopes, x.new_empty(count, words), labels, words * count, *rows)
         note("gated backward", gated.launch_backward, x, x, x.clone())
         note("swiglu backward", activation.launch_swiglu_backward, x[:, :80], x)
         for batch in (1, 3):

@@ -22,14 +22,14 @@ def inputs(rows: int, vocabulary: int = 50, width: int = 24, device: str = "cpu"
     return randn(rows, width, device=device, dtype=dtype), randn(vocabulary, width, seed=1, device=device, dtype=dtype), labels
 
 
-def check_blocks(dtype: torch.dtype, words: int, device: str = "cpu", ops=ops, module=loss) -> None:
+def check_blocks(dtype, words: int, device: str = "cpu", ops=ops, module=loss, backend: str = "torch") -> None:
     """Any number of words a block, the last one shorter: still the definition, gradients included."""
     hidden, weight, labels = inputs(37, device=device, dtype=dtype)
     labels[::5] = -100
     before = module._BLOCK_BYTES
     module._BLOCK_BYTES = words * 4 * hidden.shape[0]
     try:
-        function = functools.partial(ops.linear_cross_entropy, backend="torch")
+        function = functools.partial(ops.linear_cross_entropy, backend=backend)
         call = Call({"hidden": hidden, "weight": weight}, {"labels": labels})
         judge(function, reference.linear_cross_entropy, call, name=f"blocks of {words}")
     finally:
@@ -39,7 +39,8 @@ def check_blocks(dtype: torch.dtype, words: int, device: str = "cpu", ops=ops, m
 @dtypes
 @pytest.mark.parametrize("words", [1, 8, 49, 50, 1000])
 def test_blocks(dtype, words, device):
-    check_blocks(dtype, words, device)
+    for backend in usable("linear_cross_entropy", device):
+        check_blocks(dtype, words, device, backend=backend)
 
 
 @dtypes
@@ -146,8 +147,8 @@ def test_no_logits_in_memory(monkeypatch, device):
     hidden, weight, labels = inputs(400, vocabulary=1000, device=device)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 16 * 4 * 400)
     with Largest() as largest:
-        value, stats = loss._loss_impl(hidden, weight, labels, -100)
-        loss._loss_backward_impl(torch.ones_like(value), hidden, weight, labels, stats, -100, True, True)
+        value, *statistics = loss._loss_impl(hidden, weight, labels, -100)
+        loss._loss_backward_impl(torch.ones_like(value), hidden, weight, labels, *statistics, -100, True, True)
     assert largest.elements <= max(16 * 400, weight.numel())
     with Largest() as control:
         reference.linear_cross_entropy(hidden, weight, labels)

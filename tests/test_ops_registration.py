@@ -43,7 +43,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
     labels = whole(0, 4, -100, 2, dtype=torch.int64)
     out, lse = torch.ops.qwen2vl_fast.varlen_attention(q, k, v, bounds, bounds, 0.25, False)
     hidden, words = randn(4, 6, device=device), randn(5, 6, device=device)
-    loss, loss_lse = torch.ops.qwen2vl_fast.linear_cross_entropy(hidden, words, labels, -100)
+    loss, *statistics = torch.ops.qwen2vl_fast.linear_cross_entropy(hidden, words, labels, -100)
     frames = torch.zeros(2, 28, 56, 3, dtype=torch.uint8, device=device)
     rows, row = randn(3, 8, device=device), randn(8, device=device)
     return {
@@ -80,7 +80,7 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "resize": [(frames, 56, 28), (frames, 28, 56)],
         "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
         "linear_cross_entropy_backward": [
-            (torch.ones_like(loss), hidden, words, labels, loss_lse, -100, *wanted)
+            (torch.ones_like(loss), hidden, words, labels, *statistics, -100, *wanted)
             for wanted in ((True, True), (True, False), (False, True))
         ],
         "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],

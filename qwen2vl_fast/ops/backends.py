@@ -20,7 +20,7 @@ OPS = (
     "mrope", "mrope_", "vision_rope", "vision_rope_", "merge_patches", "varlen_attention", "patchify",
     "linear_cross_entropy", "rms_norm", "layer_norm", "quick_gelu", "gelu", "swiglu",
 )  # fmt: skip
-_TRITON = tuple(op for op in OPS if op not in ("varlen_attention", "linear_cross_entropy"))
+_TRITON = tuple(op for op in OPS if op != "varlen_attention")
 _WRITTEN = {"torch": OPS, "flash": ("varlen_attention",), "triton": _TRITON, "cuda": ("varlen_attention",)}
 _PREFERRED = {op: "cuda" if op == "varlen_attention" else "triton" for op in OPS}
 

@@ -67,12 +67,12 @@ def test_fault_17_one_instance_alone():
 
 def test_fault_18_cpu_model_beside_a_gpu(monkeypatch):
     """As on a machine with a GPU: every kernel is usable there, and none is launched for a model on the CPU."""
-    from qwen2vl_fast.kernels import activation, gated, merge, norm, patchify, rope
+    from qwen2vl_fast.kernels import activation, gated, loss, merge, norm, patchify, rope
 
     def refuse(*args, **kwargs):
         raise AssertionError("a kernel was launched for tensors on the CPU")
 
-    for module in (activation, gated, merge, norm, patchify, rope):
+    for module in (activation, gated, loss, merge, norm, patchify, rope):
         for name in [name for name in vars(module) if name.startswith("launch")]:
             monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -117,7 +117,7 @@ def test_fault_20_offsets_are_64_bits_wide():
     from pathlib import Path
 
     folder = Path(ops.__file__).parent.parent / "kernels"
-    for name in ("rope", "norm", "activation", "gated"):
+    for name in ("rope", "norm", "activation", "gated", "loss"):
         source = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert "offset(" in source and " * stride" not in source, name
     assert "int64" in (folder / "offsets.py").read_text(encoding="utf-8")

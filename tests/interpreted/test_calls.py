@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_fast import ops
-from qwen2vl_fast.kernels import activation, norm, patchify, resize, rope
+from qwen2vl_fast.kernels import activation, loss, norm, patchify, resize, rope
 from qwen2vl_fast.kernels import gated as gated_kernels
 from qwen2vl_fast.kernels.offsets import LIMIT
 from qwen2vl_fast.ops.gated import gated
@@ -112,6 +112,8 @@ def test_more_rows_than_32_bits_count_are_refused(count, device):
         lambda: activation.launch_swiglu(x),
         lambda: activation.launch_swiglu_backward(x[:, :1], x),
         lambda: gated_kernels.launch(x, x),
+        lambda: loss.launch(x, ids[0], 0, *[x[:, 0]] * 3),
+        lambda: loss.launch_slopes(x, ids[0], 0, *[x[:, 0]] * 3),
         lambda: gated_kernels.launch_backward(x, x, x),
         lambda: patchify.launch(pixels.expand(2 * count, 28, 28, 3), torch.float16, (1.0,) * 3, (0.0,) * 3),
         lambda: resize.launch(pixels.expand(1, 1, 2, 3), 1, *taps),

@@ -27,12 +27,13 @@ from tests.test_ops_every import (
     definition_of,
     sweep,
 )
+from tests.test_ops_loss import check_blocks
 from tests.test_ops_patchify_merge import SIZES, check_resize
 
-KINDS = [kind for kind in SAMPLES if kind not in ("varlen_attention", "linear_cross_entropy")]
+KINDS = [kind for kind in SAMPLES if kind != "varlen_attention"]
 MANY = {  # cases of each dtype in the long run, 20 000 in all: more where one is cheap
     "mrope": 800, "mrope_batch": 1400, "vision_rope": 800, "merge_patches": 1500, "patchify": 400,
-    "rms_norm": 1200, "layer_norm": 1200, "quick_gelu": 1000, "gelu": 1000, "swiglu": 700,
+    "rms_norm": 1100, "layer_norm": 1100, "quick_gelu": 900, "gelu": 900, "swiglu": 700, "linear_cross_entropy": 400,
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
@@ -346,6 +347,12 @@ MUTANTS = [
     ("gated", "_load(up_ptr, t, f, stride_up_t", "_load(up_ptr, t, f, stride_gate_t", "gated"),
     ("gated", "gate * (1.0 - s)", "gate * s", "gated"),
     ("gated", "grad * gate * s", "grad * s", "gated"),
+    ("loss", "total * tl.exp(top - high) + tl.sum", "total + tl.sum", "blocks of words"),
+    ("loss", "mask=n < N, other=float", "mask=n < N - 1, other=float", "linear_cross_entropy"),
+    ("loss", "tl.load(labels_ptr + row) - first", "tl.load(labels_ptr + row)", "blocks of words"),
+    ("loss", "(label >= 0) &", "", "blocks of words"),
+    ("loss", "p - 1.0, p)", "p + 1.0, p)", "linear_cross_entropy"),
+    ("loss", "p) * factor", "p)", "linear_cross_entropy"),
     ("patchify", "t // 2 % 2", "t % 2", "patchify"),
     ("patchify", "e // 196 % 2", "e // 196 % 1", "patchify"),
     ("patchify", "SCALE_R, SCALE_G", "SCALE_G, SCALE_R", "patchify"),
@@ -369,7 +376,7 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
     altered = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(altered)
     monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels"), module, altered)
-    for op in ("rope", "norm", "activation", "gated", "merge"):  # which remember the module that they have imported
+    for op in ("rope", "norm", "activation", "gated", "merge", "loss"):  # which remember the module that they have imported
         of_op = importlib.import_module(f"qwen2vl_fast.ops.{op}")
         monkeypatch.setattr(of_op, "_kernels", of_op._kernels.__wrapped__)
     if module == "rope":  # all heads in one program, so that it has a group after the first
@@ -381,6 +388,8 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
             check_in_place(21, "cpu", torch.float16)
         elif kind == "strides":
             check_strides("cpu")
+        elif kind == "blocks of words":
+            check_blocks(torch.float32, 8, backend="triton")
         elif kind == "gated":
             for seed in range(6):
                 check_gated(seed, torch.float32)
@@ -389,6 +398,12 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
         else:
             for seed in range(12):
                 check_rule(kind, seed, torch.float32, layout=LAYOUTS[1 + seed % 2])
+
+
+@dtypes
+def test_loss_by_blocks_of_words(dtype, device):
+    for words in (1, 8, 49, 50):
+        check_blocks(dtype, words, device, backend="triton")
 
 
 def test_partial_sums_of_several_programs(device):
