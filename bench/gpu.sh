@@ -156,6 +156,7 @@ STEPS=(
   "attention 240 subject attention"
   "tower 240 subject tower"
   "merge 60 subject merge"
+  "loss 90 subject loss"
   "profile 60 profile"
   "activations 120 subject activations"
   "generate 180 subject generate"

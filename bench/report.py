@@ -274,6 +274,21 @@ def train(result: Result) -> list[str]:
     return table(["training step", "", "time", "against transformers", "peak above the weights"], rows) + lines
 
 
+def loss(result: Result) -> list[str]:
+    rows, lines, matmul = [], [], result["ceilings"]["matmul_flops"]
+    for row in result["rows"]:
+        facts = row["contenders"]
+        seconds = {name: fact["seconds"] for name, fact in facts.items() if "seconds" in fact}
+        for name, value in seconds.items():
+            memory = f"{facts[name]['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in facts[name] else ""
+            share = f"{100 * facts[name]['flops'] / matmul:.0f} %"
+            rows.append([row["case"], name, time(value["median"]), share, times(speedup(seconds, "torch", name)), memory])
+        if row is result["rows"][-1]:
+            lines += [line for name, fact in facts.items() if "missing" in fact for line in ("", f"{name}: {fact['missing']}")]
+    head = ["loss, forward and backward", "", "time", "three products, of a matrix product's rate", "against torch", "peak"]
+    return table(head, rows) + lines
+
+
 def linear(result: Result) -> list[str]:
     names = list(result["rows"][0]["gflops"])
     rows = []
@@ -338,6 +353,7 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "patch": patch,
     "train": train,
     "linear": linear,
+    "loss": loss,
     "host": host,
 }
 

@@ -30,6 +30,8 @@ def calls(dtype: torch.dtype, device: str = "cuda", kernels: str = "triton") -> 
     text_q = torch.randn(TOKENS, 12, 128, device=device, dtype=dtype, requires_grad=True)
     text_k, text_v = (torch.randn(TOKENS, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     places = torch.arange(TOKENS, device=device).expand(3, -1).contiguous()
+    head = torch.randn(520, 1280, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.arange(TOKENS, device=device) % 520
     frames = torch.randint(256, (2, 56, 84, 3), device=device, dtype=torch.uint8)
     own, own_q, own_k = (x.detach().clone() for x in (qkv, text_q, text_k))  # turned in place
     grid = torch.tensor([[1, 2, TOKENS // 2]])
@@ -62,6 +64,7 @@ def calls(dtype: torch.dtype, device: str = "cuda", kernels: str = "triton") -> 
         ),
         "mrope_": lambda backend: ops.mrope_(own_q, own_k, places, backend=backend),
         "vision_rope_": lambda backend: ops.vision_rope_(own[:, 0], own[:, 1], places[:2], backend=backend),
+        "linear_cross_entropy": lambda backend: ops.linear_cross_entropy(hidden, head, labels, backend=backend),
         "patchify": lambda backend: ops.patchify(frames, dtype=dtype, backend=backend),
         "patchify and resize": lambda backend: ops.patchify(frames, dtype=dtype, size=(28, 112), backend=backend),
     }

@@ -562,7 +562,7 @@ def test_gpu_sh_runs_all_that_it_has(gpu_sh):
     """Every step to its last line; what is missing here (compute-sanitizer, ncu, nvcc) is said."""
     status, lines, calls = gpu_sh("all", JOBS="2")
     steps = [line.split()[0] for line in lines[lines.index("=== build") :] if " passed in " in line or " FAILED in " in line]
-    assert steps[0] == "build" and len(steps) == 22
+    assert steps[0] == "build" and len(steps) == 23
     assert {line.split()[0] for line in lines if "FAILED" in line} <= {"sanitize", "profile", "micro", "variants"}
     tests = [call for call in calls if "--tb=short" in call]
     assert sum(call.count("::") for call in tests) == 4 and "int32" in tests[-1], "those that fill the memory come last, alone"

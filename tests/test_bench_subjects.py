@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bench import generate, host, linear, passes, patch, peers, preprocess, sanitize, stories, sweep, timing, tower, train
+from bench import generate, host, linear, loss, passes, patch, peers, preprocess, sanitize, stories, sweep, timing, tower, train
 from qwen2vl_fast import cli
 from tests.compiled import compiled, recorded
 
@@ -22,7 +22,7 @@ TINY = (256, 1, 2, 1, 64, True)  # hidden, layers, heads, key-value heads, MLP, 
 def small(monkeypatch):
     """Ceilings from a few megabytes; no subject asks for more than a blink of them here."""
     facts = {"copy_bytes_per_s": 1e10, "copies": {"copy": 1e10}, "matmul_flops": 1e11, "matmul": "2048^3 float32"}
-    for module in ("passes", "attention", "tower", "generate", "patch", "train"):
+    for module in ("passes", "attention", "tower", "generate", "patch", "train", "loss"):
         monkeypatch.setattr(importlib.import_module(f"bench.{module}"), "ceilings", lambda *_: facts)
 
 
@@ -45,7 +45,7 @@ def saved(folder) -> dict[str, dict]:
 def test_every_subject_knows_its_peers(capsys):
     """`qwen2vl-fast bench SUBJECT --peers nobody` names them and measures nothing."""
     subjects = set(cli.subjects()) - {"static_model"}  # which has none
-    assert len(subjects) == 15
+    assert len(subjects) == 16
     for subject in sorted(subjects):
         module = importlib.import_module(f"bench.{subject}")
         main = functools.partial(passes.main, (subject,), subject) if subject in passes.SUBJECTS else module.main
@@ -235,6 +235,24 @@ def test_a_patched_model_whose_run_is_cut_short(tmp_path, narrow, monkeypatch):
     assert left["partial"] and [row["case"] for row in left["rows"]] == ["a"]
 
 
+def test_loss(tmp_path, capsys, monkeypatch):
+    """Judged by float32 logits; a contender that computes something else is not timed, and ours ends the run."""
+    monkeypatch.setattr(loss, "race", functools.partial(loss.race, words=320))
+    monkeypatch.setattr(loss, "WIDTHS", {"2B": 64})
+    loss.main(["--tokens", "16", "--repeats", "1", "--save", str(tmp_path)])
+    (row,) = saved(tmp_path)["loss_cpu"]["rows"]
+    assert row["contenders"]["Liger"] == {"missing": "needs a CUDA device"}
+    assert all(row["contenders"][name]["seconds"] for name in ("qwen2vl_fast", "torch"))
+    assert "2B, 16 tokens" in capsys.readouterr().out
+    plain = loss.eager
+    monkeypatch.setattr(loss, "contenders", lambda wanted: ({"torch": lambda *x: plain(*x) * 1.01}, {}))
+    wrong = loss.race("2B", 16, ["torch"], 1)
+    assert wrong["contenders"]["torch"]["missing"].startswith("fails: ValueError: relative errors")
+    monkeypatch.setattr(loss, "contenders", lambda wanted: ({"qwen2vl_fast": lambda *x: plain(*x) * 1.01}, {}))
+    with pytest.raises(ValueError, match="relative errors"):
+        loss.race("2B", 16, [], 1)
+
+
 def test_train(tmp_path, capsys, narrow):
     train.main(["--depth", "1", "--text", "16", "--repeats", "1", "--save", str(tmp_path)])
     (row,) = saved(tmp_path)["train_cpu"]["rows"]
@@ -362,7 +380,7 @@ def test_the_widest_setting_of_a_rotation_compiles():
 def test_the_program_under_the_sanitizers():
     """Its calls on the CPU, where the torch backend stands for the kernels."""
     names = [op for op, _, call in sanitize.calls(torch.float32, "cpu", "torch") if call() is not None or op.endswith("_")]
-    assert len(names) == 14
+    assert len(names) == 15
 
 
 def test_a_partial_result_is_kept_and_marked(tmp_path):

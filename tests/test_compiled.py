@@ -36,8 +36,9 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     accesses = row["accesses"]
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
-    wide_store, wide_load = "STG 16" in accesses, {"LDG 16", "LDGSTS 16"} & set(accesses)
-    if not (wide_store or name.endswith("sums") or name in ("resize", "loss")) or not (wide_load or name in ("patchify", "resize")):
+    wide_store = "STG 16" in accesses or name.endswith("sums") or name in ("resize", "loss")
+    wide_load = {"LDG 16", "LDGSTS 16"} & set(accesses) or name in ("patchify", "resize")
+    if not wide_store or not wide_load:
         found.append("no access of 16 bytes")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
