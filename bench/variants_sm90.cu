@@ -3,6 +3,7 @@
 #include <exception>
 #include <type_traits>
 
+#include "../csrc/checks.h"
 #include "../csrc/launch_sm90.cuh"
 #include "../csrc/variants_sm90.cuh"
 

@@ -94,6 +94,21 @@ def test_the_best_form_with_both_sizes_is_chosen():
     assert '"fast", 2.000 times' in text
 
 
+def test_the_compiler_reads_the_variants(tmp_path):
+    """Its front end alone, in a second: building all of them is the long test below."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-fdevice-syntax-only", "-cubin"]
+    for number, old in enumerate(("", '#include "../csrc/checks.h"\n')):  # without it nothing declares check_problem
+        source = tmp_path / f"variants_{number}.cu"
+        text = variants.SOURCE.read_text()
+        assert old in text
+        source.write_text(text.replace(old, "").replace('"../csrc/', f'"{ROOT / "csrc"}/'))
+        done = subprocess.run([*command, source, "-o", tmp_path / "out"], capture_output=True, text=True)
+        assert (done.returncode == 0) == (not old), done.stderr
+
+
 @pytest.mark.full
 def test_the_assembler_serialises_and_spills_nothing(tmp_path):
     """C75xx: ptxas made wgmma wait for each other. Of the variants, 192 rows of 112 keys are known to spill."""
