@@ -2,12 +2,15 @@
 # Everything that a CUDA device can settle, from a bare checkout with the Python that is there (torch, triton, transformers and
 # what it brings, pillow, jinja2, pytest, hypothesis, setuptools, cmake, ninja, pybind11) and nvcc:
 #
-#   bench/gpu.sh [build | test | sanitize | micro | variants | profile | bench [SUBJECT...] | all [STEP...]]      (default: all)
+#   bench/gpu.sh [build | test | sanitize | micro | variants | profile | bench [SUBJECT...] | hopper | all [STEP...]]
+#                                                                                                       (default: all)
+#   hopper: the attention forward alone within ten minutes: built, right on the device, profiled, timed against its peers and in
+#   all its forms
 #
 # PYTHON=python3              the Python to use
 # OUT=bench/results           where JSON and logs go
 # JOBS=12                     test processes that share the device
-# BUDGET=                     seconds that `all` may take (default: as long as it takes)
+# BUDGET=                     seconds that `all` may take (default: as long as it takes; `hopper` 590)
 #
 # Each part takes less than ten minutes; one that takes longer is stopped and counts as failed. `all` takes its steps in order of
 # what they are worth, whatever fails, and ends with a summary. A step that passed on these very sources and device is not
@@ -40,18 +43,23 @@ need_nvcc() {
 }
 
 build() {
-  within $LIMIT "$PYTHON" setup.py build_ext --inplace && within 60 "$PYTHON" -m qwen2vl_fast.doctor
+  within $((LIMIT * 9 / 10)) "$PYTHON" setup.py build_ext --inplace && within $((LIMIT / 10)) "$PYTHON" -m qwen2vl_fast.doctor
 }
 
-# The tests are dealt to processes; those that fill the memory run afterwards, alone.
-run_tests() {
+# Files of the attention's tests on a device.
+ATTENTION=(tests/test_extension_attention.py tests/host/test_on_device.py)
+
+# The tests that pytest finds so are dealt to processes; those that fill the memory run afterwards, alone.
+run_tests() { # NAME of the log [pytest's ARGUMENTS...]
+  local details="$OUT/gpu_$1_details.log"
+  shift
   need_device "gpu.sh test" || return 1
   # The sanitizers and microbenchmarks are steps of their own, with limits of their own.
   local parts status=0 without=(--ignore=tests/test_sanitizer.py --ignore=tests/test_bench_micro.py)
   parts=$(mktemp -d)
   within 60 "$PYTHON" -c 'import av' 2>/dev/null || { without+=(--ignore=tests/test_video.py --ignore=tests/test_video_files.py); echo "no av: the tests of video files are left out"; }
   export CUBLAS_WORKSPACE_CONFIG=:4096:8
-  within $((LIMIT * 2 / 10)) "$PYTHON" -m pytest -m 'gpu and not full' --collect-only -q -p no:cacheprovider "${without[@]}" \
+  within $((LIMIT * 2 / 10)) "$PYTHON" -m pytest -m 'gpu and not full' --collect-only -q -p no:cacheprovider "${without[@]}" "$@" \
     >"$parts/collected" 2>&1
   case $? in 124 | 137) echo "collecting the tests took more than $((LIMIT * 2 / 10)) s"; return 1 ;; esac
   grep '::' "$parts/collected" | grep -v '^ERROR' >"$parts/all"
@@ -73,7 +81,7 @@ run_tests() {
   done
   for part in "${running[@]}"; do wait "$part" || status=1; done
   [ ! -s "$parts/large" ] || pytest_on "$parts/large" 2 || status=1
-  cat "$parts"/*.log >"$OUT/gpu_test_details.log"
+  cat "$parts"/*.log >"$details"
   grep -hE '^(FAILED|ERROR) ' "$parts"/*.log | sort
   grep -hE '^E  ' "$parts"/*.log | sort | uniq -c | sort -rn | head -n 60 | cut -c1-300
   echo "$(wc -l <"$parts/all") tests; of each process:"
@@ -113,13 +121,23 @@ variants() {
   within $LIMIT "$PYTHON" -m bench.variants --save "$OUT"
 }
 
-# What the units of a multiprocessor do during one launch of the attention forward.
+# What the units of a multiprocessor do during one launch of the attention forward. The shares of the single pipes are in the bodies
+# of the sections, which are printed only when they are asked for.
 profile() {
   need_device "gpu.sh profile" || return 1
   command -v ncu >/dev/null || { echo "gpu.sh profile needs ncu, Nsight Compute of the CUDA toolkit"; return 1; }
   within $LIMIT ncu --clock-control none --kernel-name-base demangled --kernel-name regex:Forward --launch-skip 2 --launch-count 1 \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section SchedulerStats --section WarpStateStats --section LaunchStats \
+    --print-details all \
     "$PYTHON" -m bench.profile
+}
+
+test_attention() {
+  run_tests test_attention "${ATTENTION[@]}"
+}
+
+test_rest() {
+  run_tests test_rest "${ATTENTION[@]/#/--ignore=}"
 }
 
 subject() {
@@ -149,7 +167,8 @@ part() {
 # What `all` does, the most valuable first: step, seconds at most, command.
 STEPS=(
   "build 590 build"
-  "test 300 run_tests"
+  "test_attention 150 test_attention"
+  "test_rest 300 test_rest"
   "rope 90 subject rope"
   "mrope 90 subject mrope"
   "host 60 subject host"
@@ -221,12 +240,13 @@ all() {
 
 case ${1:-all} in
   build) part build build ;;
-  test) part test run_tests ;;
+  test) part test run_tests test ;;
   sanitize) part sanitize sanitize ;;
   micro) part micro micro ;;
   variants) part variants variants ;;
   profile) part profile profile ;;
   bench) part "bench${2:+_$2}" bench "${@:2}" ;;
+  hopper) BUDGET=${BUDGET:-590} all build test_attention profile attention variants ;;
   all)
     for name in "${@:2}"; do
       printf '%s\n' "${STEPS[@]}" | grep -q "^$name " || { echo "no step $name; there are: $(printf '%s\n' "${STEPS[@]}" | cut -d' ' -f1 | xargs)"; exit 2; }
@@ -234,7 +254,7 @@ case ${1:-all} in
     all "${@:2}"
     ;;
   *)
-    sed -n '2,15p' "$0" | cut -c3-
+    sed -n '2,18p' "$0" | cut -c3-
     exit 2
     ;;
 esac

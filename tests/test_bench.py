@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -544,7 +545,7 @@ def test_gpu_sh_stops_what_hangs(gpu_sh):
     compute_sanitizer.write_text("#!/bin/sh\nexit 0\n")
     compute_sanitizer.chmod(0o755)
     path = f"{compute_sanitizer.parent}:{os.environ['PATH']}"
-    cases = ("test", "--collect-only", "took more than 4 s"), ("sanitize", "bench.sanitize", "without a tool")
+    cases = ("test_rest", "--collect-only", "took more than 4 s"), ("sanitize", "bench.sanitize", "without a tool")
     for step, hangs, told in cases:
         began = time.monotonic()
         status, lines, _ = gpu_sh("all", step, BUDGET="32", HANGS=hangs, PATH=path)
@@ -562,13 +563,42 @@ def test_gpu_sh_runs_all_that_it_has(gpu_sh):
     """Every step to its last line; what is missing here (compute-sanitizer, ncu, nvcc) is said."""
     status, lines, calls = gpu_sh("all", JOBS="2")
     steps = [line.split()[0] for line in lines[lines.index("=== build") :] if " passed in " in line or " FAILED in " in line]
-    assert steps[0] == "build" and len(steps) == 23
+    assert steps[:3] == ["build", "test_attention", "test_rest"] and len(steps) == 24
     assert {line.split()[0] for line in lines if "FAILED" in line} <= {"sanitize", "profile", "micro", "variants"}
     tests = [call for call in calls if "--tb=short" in call]
-    assert sum(call.count("::") for call in tests) == 4 and "int32" in tests[-1], "those that fill the memory come last, alone"
+    assert sum(call.count("::") for call in tests) == 8 and "int32" in tests[-1], "those that fill the memory come last, alone"
+    collected = [call.split() for call in calls if "--collect-only" in call]
+    files = [word for word in collected[0] if word.startswith("tests/")]
+    assert files and all((report.ROOT / file).exists() for file in files)
+    assert {f"--ignore={file}" for file in files} <= set(collected[1]), "what the first of them ran the second leaves out"
     assert any("attention --backward" in call for call in calls) and any("--size 7B" in call for call in calls)
     status, lines, _ = gpu_sh("all", "no_such_step")
-    assert status == 2 and "there are: build test rope mrope" in lines[0]
+    assert status == 2 and "there are: build test_attention test_rest rope" in lines[0]
+
+
+def tool(folder: Path, name: str) -> str:
+    """A program that only notes what it is asked, in the place of one of the CUDA toolkit's; the PATH that finds it."""
+    path = folder / name
+    path.write_text('#!/bin/sh\necho "${0##*/} $@" >>"$CALLS"\n')
+    path.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_the_hopper_forward_takes_one_command_of_ten_minutes(gpu_sh):
+    """Built, confirmed, profiled and timed, the forms last; a step that hangs leaves the others their time."""
+    for name in ("ncu", "nvcc"):
+        path = tool(gpu_sh.calls.parent, name)
+    status, lines, calls = gpu_sh("hopper", JOBS="2", PATH=path)
+    asked = ["build", "test_attention", "attention", "profile", "variants"]
+    assert status == 0 and [line.split()[0] for line in lines[-5:]] == asked
+    (profiled,) = [call for call in calls if call.startswith("ncu ")]
+    assert "--print-details all" in profiled, "without it ncu prints no pipe's utilisation"
+    assert "--section ComputeWorkloadAnalysis" in profiled and profiled.endswith("-m bench.profile")
+    text = (gpu_sh.tree / "bench" / "gpu.sh").read_text()
+    assert int(re.search(r"hopper\) BUDGET=\$\{BUDGET:-(\d+)\}", text)[1]) < 600
+    (gpu_sh.out / "done" / "build").unlink()
+    status, lines, _ = gpu_sh("hopper", BUDGET="32", HANGS="build_ext", PATH=path)
+    assert status == 1 and lines[-5].startswith("build FAILED") and lines[-4] == "test_attention passed before"
 
 
 def test_every_step_of_gpu_sh_is_a_subject():
