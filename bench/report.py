@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/bench.md and docs/patch.md from bench/results/*.json and nano's eval.json, and plots.
+"""Writes the tables of README.md and docs from bench/results/*.json and nano's eval.json, and plots.
 
     python -m bench.report [--check] [--from FOLDER]
 
@@ -19,11 +19,12 @@ from typing import Any
 
 from bench import plots
 from bench.timing import RESULTS, ROOT, speedup, times
+from bench.variants import best
 from qwen2vl_fast.training import nano_card
 
 NANO = ROOT / "qwen2vl_fast" / "assets" / "nano"
 OURS = "qwen2vl_fast"
-DOCUMENTS = ("README.md", "docs/bench.md", "docs/patch.md")
+DOCUMENTS = ("README.md", "docs/bench.md", "docs/hopper.md", "docs/patch.md")
 PASSES = ("rope", "mrope", "merge", "norms", "activations", "patchify")
 Result = dict[str, Any]
 
@@ -131,6 +132,66 @@ def attention(result: Result) -> list[str]:
     if means := result.get("geometric_means"):
         lines += ["", "Geometric mean over " + ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items())]
     return lines
+
+
+LONG = ("d", "e")  # the cases of 4096 patches an image and more
+
+
+def hopper() -> str:
+    """The attention forward against its goals, case by case against its prediction, and how far it is."""
+    result, path = read(RESULTS / "attention_cuda.json"), RESULTS / "static_model.json"
+    rows = {row["case"]: row for row in result["rows"]}
+    model = {row["case"]: row["predicted_flops"]["H100"] / 1e12 for row in read(path)["attention"]} if path.exists() else {}
+    ours = {case: row["contenders"][OURS] for case, row in rows.items() if "flops" in row["contenders"].get(OURS, {})}
+    speeds = {case: facts["flops"] / 1e12 for case, facts in ours.items()}
+    lines = table(
+        ["useful TFLOP/s", *(f"({case})" for case in rows)],
+        [[name, *(f"{values[case]:.0f}" if case in values else "" for case in rows)]
+         for name, values in (("predicted, H100 and H200", model), ("measured", speeds))],
+    )  # fmt: skip
+
+    def over(peer: str, cases: Any = LONG) -> dict[str, float]:
+        theirs = {case: rows[case]["contenders"].get(peer, {}).get("flops") for case in cases if case in rows}
+        return {case: ours[case]["flops"] / flops for case, flops in theirs.items() if flops and case in ours}
+
+    everywhere = over("FlashAttention-3", rows)
+    mean = math.exp(sum(map(math.log, everywhere.values())) / len(everywhere)) if len(everywhere) == len(rows) else None
+    peers = {case: row["ratio_to_best_peer"] for case, row in rows.items() if row["ratio_to_best_peer"]}
+    least = min(peers, key=peers.get, default="")
+    shares = {case: 100 * ours[case]["share_of_matmul"] for case in LONG if case in ours}
+    goals = [
+        ("620 useful TFLOP/s from 4096 patches on", 620, {c: speeds[c] for c in LONG if c in speeds}, "{:.0f}"),
+        ("78 % of the same run's matrix product there", 78, shares, "{:.0f} %"),
+        *((f"{goal} times {peer} there", goal, over(peer), "{:.2f}")
+          for peer, goal in (("FlashAttention-3", 1.25), ("FlashAttention-4", 1.15), ("cuDNN", 1.15))),
+        ("400 useful TFLOP/s on (b)", 400, {c: speeds[c] for c in "b" if c in speeds}, "{:.0f}"),
+        ("1.4 times FlashAttention-3, geometric mean of all cases", 1.4, {} if mean is None else {"": mean}, "{:.2f}"),
+        ("never under the best peer", 1, {least: peers[least]} if peers else {}, "{:.2f} at the least"),
+    ]  # fmt: skip
+    cells = []
+    for goal, bound, found, how in goals:
+        told = ", ".join(f"({case}) {how.format(value)}" if case else how.format(value) for case, value in found.items())
+        verdict = "not measured" if not found else "reached" if min(found.values()) >= bound else "**missed**"
+        cells.append([goal, told, verdict])
+    lines += ["", *table(["goal", "measured", ""], cells)]
+    for peer in ("FlashAttention-4", "cuDNN"):
+        if not over(peer):
+            reasons = {row["contenders"].get(peer, {}).get("missing", "took no part") for row in rows.values()}
+            lines += [line for reason in sorted(reasons) for line in ("", f"{peer}: {reason}")]
+    return "\n".join([*lines, "", source(result)])
+
+
+def variants(result: Result) -> list[str]:
+    """Useful TFLOP/s of every form of the Hopper forward; the last column is what `bench.variants --choose` goes by."""
+    names = {(entry["name"], entry["rows"]) for entry in result["rows"][0]["variants"]}
+    speeds = [{(e["name"], e["rows"]): e["flops"] for e in row["variants"] if "flops" in e} for row in result["rows"]]
+    means = best(result["rows"])
+    rows = [
+        [f"{name}, {size} rows", *(f"{found[name, size] / 1e12:.0f}" if (name, size) in found else "no" for found in speeds),
+         f"{means[name]:.3f}" if name in means else ""]
+        for name, size in sorted(names, key=lambda key: (-means.get(key[0], 0), key))
+    ]  # fmt: skip
+    return table(["form", *(f"({row['case']})" for row in result["rows"]), "speed over the chosen, better size"], rows)
 
 
 def passes(results: list[Result]) -> list[str]:
@@ -355,12 +416,15 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "linear": linear,
     "loss": loss,
     "host": host,
+    "variants": variants,
 }
 
 
 def tables() -> dict[str, Callable[[], str]]:
     """{name: what stands under it}: of each result with a renderer, of all passes of a device, of nano, and of the whole."""
     found: dict[str, Callable[[], str]] = {"summary": summary, "nano": nano}
+    if (RESULTS / "attention_cuda.json").exists():
+        found["hopper"] = hopper
     for path in sorted(RESULTS.glob("*.json")):
         for prefix, render in RENDERERS.items():
             if path.stem == prefix or path.stem.startswith(prefix + "_"):

@@ -25,7 +25,7 @@ from bench import peers
 from bench.attention import CASES, CHECK, describe
 from bench.micro import find_nvcc
 from bench.peers import Problem
-from bench.timing import RESULTS, ROOT, ceilings, measure, parser, publish, say
+from bench.timing import RESULTS, ROOT, ceilings, keep, measure, parser, publish, say
 from qwen2vl_fast.positions import attention_tiles, dealt_tiles
 from tests.host.runner import VarlenAttention
 
@@ -90,7 +90,8 @@ def attend(library: ctypes.CDLL, index: int, rows: int, problem: Problem) -> Cal
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """{form: geometric mean over the cases of the chosen form's time over its own, of the better size each}."""
+    """{form: geometric mean over the cases of the chosen form's time over its own, of the better size each}; nothing where the
+    chosen form took no part."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
         fastest: dict[str, float] = {}
@@ -98,6 +99,8 @@ def best(rows: list[dict[str, Any]]) -> dict[str, float]:
             if "seconds" in entry:
                 seconds = entry["seconds"]["median"]
                 fastest[entry["name"]] = min(seconds, fastest.get(entry["name"], math.inf))
+        if "chosen" not in fastest:
+            return {}
         for name, seconds in fastest.items():
             ratios.setdefault(name, []).append(fastest["chosen"] / seconds)
     return {name: math.exp(sum(map(math.log, r)) / len(r)) for name, r in ratios.items() if len(r) == len(rows)}
@@ -185,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
             say(options, f"built {len(variants(library))} kernels; no device of compute capability 9.0 here, so none was timed")
             return 0
         wrong = judge(library)
-        rows = [measure_case(library, case, wrong, options) for case in options.cases]
+        rows = []
+        for case in options.cases:
+            rows.append(measure_case(library, case, wrong, options))
+            keep("variants_cuda", options, rows)
+    publish("variants_cuda", options, rows, ceilings=ceilings())
     for row in rows:
         say(options, f"({row['case']}) {row['lengths']}")
         for entry in row["variants"]:
@@ -193,7 +200,6 @@ def main(argv: list[str] | None = None) -> int:
             say(options, f"  {entry['rows']} rows, {entry['name']:<42} {speed}")
     for name, mean in sorted(best(rows).items(), key=lambda x: -x[1]):
         say(options, f"{mean:.3f}  {name}")
-    publish("variants_cuda", options, rows, ceilings=ceilings())
     return 1 if wrong else 0
 
 

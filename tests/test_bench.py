@@ -362,6 +362,10 @@ def results() -> dict[str, dict]:
             "transformers sdpa": {"seconds": seconds(0.333), "peak_bytes": 7 << 30},
             "qwen2vl_fast": {"seconds": seconds(0.2), "peak_bytes": 5 << 30},
             "transformers flash-attn": {"missing": "not installed; pip install flash-attn"}}}],
+        "variants_cuda": [{"case": case, "lengths": "4 x 1024", "useful_flop": 1e12, "variants": [
+            {"name": name, "rows": rows, "seconds": seconds(1e12 / flops), "flops": flops}
+            for name, rows, flops in (("chosen", 128, 500e12), ("chosen", 192, 600e12), ("no turns", 192, 451e12))
+        ] + [{"name": "no turns", "rows": 128, "missing": "relative error 1.0e+00"}]} for case in "ab"],
         "linear_cpu": [{"product": "fc1", "shape": [2048, 1280, 5120],
                         "seconds": {"torch.nn.functional.linear": seconds(0.4), "qwen2vl_fast": seconds(0.25)},
                         "gflops": {"torch.nn.functional.linear": 67.1, "qwen2vl_fast": 107.4}}],
@@ -389,7 +393,7 @@ def made_up(tmp_path, monkeypatch) -> dict[str, dict]:
 
 def test_every_kind_of_result_has_its_table(made_up):
     known = report.tables()
-    assert set(known) == {"nano", "summary", "passes_cuda", *made_up} - {"rope_cuda"}
+    assert set(known) == {"nano", "summary", "passes_cuda", "hopper", *made_up} - {"rope_cuda"}
     text = report.render({"README.md": "".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in known)})["README.md"]
     for figure in (
         "| 612 |",
@@ -404,6 +408,8 @@ def test_every_kind_of_result_has_its_table(made_up):
         "| 5184 patches, 3344 tokens, bfloat16 | qwen2vl_fast | 200 ms | 1.67x | 5.00 GiB |",
         "transformers flash-attn: not installed",
         "| fc1, 2048 x 1280 x 5120 | 67 | 107 | 1.60x |",
+        "| chosen, 192 rows | 600 | 600 | 1.000 |",
+        "| no turns, 128 rows | no | no | 0.752 |",
     ):
         assert figure in text, figure
     assert "sources 0123456789ab" in text and "matrix product 8192^3 bfloat16 800 TFLOP/s" in text
@@ -430,6 +436,36 @@ def test_the_summary_has_the_extremes_and_the_geometric_mean(made_up):
     device = result["environment"]["device"]
     lines = [line for line in report.summary().splitlines() if "whole tower (a)" in line]
     assert lines == [f"| {device} | whole tower (a) (a) | transformers sdpa | 0.50x | 2.00x | 8.00x |"]
+
+
+def test_the_goals_of_the_forward_are_judged(made_up):
+    """Each by its worst case; what took no part is no success and says why."""
+    path = report.RESULTS / "attention_cuda.json"
+    result = json.loads(path.read_text())
+
+    def verdicts(ours: float, theirs: float) -> dict[str, str]:
+        rows = []
+        for case, flops in (("b", 401e12), ("d", 700e12), ("e", ours)):
+            row = json.loads(json.dumps(result["rows"][0]))
+            row["contenders"]["qwen2vl_fast"] |= {"flops": flops, "share_of_matmul": flops / 800e12}
+            row["contenders"]["FlashAttention-3"]["flops"] = theirs
+            rows.append(row | {"case": case, "ratio_to_best_peer": flops / theirs})
+        path.write_text(json.dumps({**result, "rows": rows}))
+        cells = [line.split(" | ") for line in report.hopper().splitlines() if line.startswith("| ")]
+        return {line[0].removeprefix("| "): " ".join(line[1:]).removesuffix(" |") for line in cells if len(line) == 3}
+
+    good = verdicts(625e12, 399e12)
+    assert good["620 useful TFLOP/s from 4096 patches on"] == "(d) 700, (e) 625 reached"
+    assert good["78 % of the same run's matrix product there"] == "(d) 88 %, (e) 78 % reached"
+    assert good["1.25 times FlashAttention-3 there"] == "(d) 1.75, (e) 1.57 reached"
+    assert good["1.4 times FlashAttention-3, geometric mean of all cases"] == "1.40 reached"
+    assert good["1.15 times FlashAttention-4 there"] == " not measured"
+    assert good["never under the best peer"] == "(b) 1.01 at the least reached"
+    bad = verdicts(619e12, 520e12)
+    assert {goal for goal, told in bad.items() if "missed" in told} == set(good) - {
+        "goal", "---", "400 useful TFLOP/s on (b)", "1.15 times FlashAttention-4 there", "1.15 times cuDNN there"
+    }  # fmt: skip
+    assert "FlashAttention-4: not installed" in report.hopper() and "cuDNN: took no part" in report.hopper()
 
 
 @pytest.mark.parametrize(

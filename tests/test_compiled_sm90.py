@@ -92,6 +92,7 @@ def test_the_best_form_with_both_sizes_is_chosen():
     for line in ("KEYS = 112;", "STAGES = 3;", "TURNS = false;", "POLYNOMIAL = 2;", "::CONDITIONAL;", "NARROW = true;"):
         assert line in text
     assert '"fast", 2.000 times' in text
+    assert variants.best([{"variants": [entry("fast", 192, 1.0, 112)]}]) == {}, "a chosen form that failed is no measure"
 
 
 def test_the_compiler_reads_the_variants(tmp_path):
