@@ -40,12 +40,13 @@ class Device:
     flops: float  # bf16, float32 accumulators, dense
     shared: int  # bytes a multiprocessor
     threads: int  # resident, a multiprocessor
+    lanes: int = 128  # float32 operations a clock and multiprocessor
     copy: float = 0.90
     matmul: float = 0.80
 
 
 DEVICES = {
-    "A100": Device(80, 108, 1.41e9, 2.04e12, 312e12, 164 << 10, 2048),
+    "A100": Device(80, 108, 1.41e9, 2.04e12, 312e12, 164 << 10, 2048, 64),
     "H100": Device(90, 132, 1.755e9, 3.35e12, 989e12, 228 << 10, 2048),
     "H200": Device(90, 132, 1.755e9, 4.80e12, 989e12, 228 << 10, 2048),
     "4090": Device(89, 128, 2.52e9, 1.008e12, 165e12, 100 << 10, 1536),
@@ -74,6 +75,31 @@ BYTES = {
     "loss": 2 * 151936, "loss backward": 4 * 151936,  # of a token over all blocks of words
     "patchify": 3 * 1176,
 }  # fmt: skip
+
+
+def operations(kernel: str) -> int | None:
+    """Of a token, counted in qwen2vl_fast/reference.py: sums, products, quotients, roots, exp, erf, sines are one each."""
+    if kernel not in BYTES:
+        return None
+    back = kernel.endswith("backward")
+    if "rope" in kernel:  # a pair: four products, two sums; an angle, its sine and its cosine for all heads
+        return 3 * BYTES[kernel] // 4 + 3 * (40 if kernel.startswith("vision") else 64)
+    if kernel == "patchify":
+        return 2 * 1176
+    if kernel.startswith("loss"):  # of a word: the largest, a difference, exp, a sum; two differences, exp, a product
+        return 4 * 151936
+    if "gated" in kernel or "swiglu" in kernel:  # a sigmoid of three, two products; their gradients
+        return (10 if back else 5) * int(re.search(r"\d+", kernel)[0])
+    if "gelu" in kernel:
+        a_value = {"bias quick gelu": 6, "bias gelu": 6, "bias quick gelu backward": 11, "bias gelu backward": 12}
+        return a_value[kernel] * 5120
+    layer = "layer norm" in kernel or "merge" in kernel
+    width = 1280 if "merge" in kernel else int(re.search(r"\d+", kernel)[0])
+    if back:
+        return (18 if layer else 12) * width
+    return (7 if layer else 4) * width + (width if kernel.startswith("add") else 0)
+
+
 # kernel -> (subject, op) of the measured results
 MEASURED = {
     "vision rope": ("rope", "vision RoPE"),
@@ -125,6 +151,7 @@ def triton_kernels() -> list[dict[str, Any]]:
     rows = []
     for name, launch in compiled.cases().items():
         row: dict[str, Any] = {"kernel": name, "kind": "Triton", "bytes_a_token": BYTES.get(name)}
+        row["flop_a_token"] = operations(name)
         for capability in compiled.CAPABILITIES:
             source, options = compiled.source(launch)
             binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -289,22 +316,27 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 blocks = occupancy(facts["registers"], facts["threads"], facts.get("shared") or 0, device)
                 row["resident_blocks"][name] = blocks
             if row["bytes_a_token"]:
-                floor = row["bytes_a_token"] * options.tokens / device.bandwidth / device.copy
-                row["predicted_seconds"][name] = floor + LAUNCH
+                row["predicted_seconds"][name] = pass_seconds(row["kernel"], options.tokens, device)
             elif facts and "flop" in row:
                 loop = device.flops * device.matmul * LOOP[device.capability]
                 row["predicted_seconds"][name] = max(row["flop"] / loop, row["bytes"] / device.bandwidth / device.copy) + LAUNCH
         if row["kernel"] in measured:
-            row["measured"] = compare(measured[row["kernel"]], row["bytes_a_token"])
+            row["measured"] = compare(measured[row["kernel"]], row["kernel"])
     return rows
 
 
-def compare(measured: dict[str, Any], size: int) -> dict[str, Any]:
+def pass_seconds(kernel: str, tokens: int, device: Device) -> float:
+    """Its bytes, or its operations if they take longer."""
+    moved = BYTES[kernel] / device.bandwidth / device.copy
+    return tokens * max(moved, operations(kernel) / (device.lanes * device.multiprocessors * device.clock)) + LAUNCH
+
+
+def compare(measured: dict[str, Any], kernel: str) -> dict[str, Any]:
     """The measured time, and the prediction for its device and number of tokens."""
     device = model_of(measured["device"])
     if device is None:
         return measured
-    predicted = size * measured["tokens"] / device.bandwidth / device.copy + LAUNCH
+    predicted = pass_seconds(kernel, measured["tokens"], device)
     return measured | {"predicted_seconds": predicted, "measured_over_predicted": measured["seconds"] / predicted}
 
 
