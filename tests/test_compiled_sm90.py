@@ -15,6 +15,7 @@ from tests.compiled_sm90 import ROOT, TABLE, kernel_name, steps, table
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
 REGISTERS = {192: 160, 128: 232}  # of a consumer, by rows of a tile: fwd_sm90.cuh
+PRODUCER = {192: 32, 128: 40}
 SHARED = 232448  # bytes that a block may have
 GAP = 16  # instructions between two products: the tensor cores' queue stays full
 
@@ -39,6 +40,8 @@ def test_nothing_is_spilled_and_everything_fits(found):
         rows = int(name.split(", ")[2])
         assert row["stack"] == row["local"] == 0, name
         assert row["highest register"] < REGISTERS[rows] and row["shared"] <= SHARED, name
+        # setmaxnreg moves what the block got at its launch: a consumer would wait for ever for more.
+        assert row["registers at launch"] * (rows + 64) * 2 == PRODUCER[rows] * 128 + REGISTERS[rows] * rows * 2, name
 
 
 def test_products_and_overlap(found):

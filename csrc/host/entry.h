@@ -33,6 +33,7 @@ int run_kernel(const Args& args, const Run& run) {
   launch.grid = run.grid;
   launch.threads = Kernel::THREADS;
   launch.shared_bytes = Kernel::SMEM;
+  launch.resident = Kernel::BLOCKS;
   launch.seed = run.seed;
   launch.races = run.races != 0;
   return finish(run, run_grid([](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }, &args, launch));

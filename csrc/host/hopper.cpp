@@ -436,7 +436,7 @@ void wgmma_registers(float* d, int n, const uint32_t (&a)[4], uint32_t b, uint32
   meet("wgmma_registers", n, &own, issue);
 }
 
-// Registers of a multiprocessor are shared by its one block; a warp waits until enough are free.
+// Registers move between the warpgroups of a block; a warp waits until enough are free.
 
 namespace {
 

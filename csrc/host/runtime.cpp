@@ -219,9 +219,10 @@ void start_block(const Launch& launch, int index) {
   const int warps = launch.threads / LANES;
   block.threads.assign(launch.threads, Thread());
   block.warps.assign(warps, Warp());
-  const int registers = std::min(65536 / launch.threads / 8 * 8, 256);
+  // What a block gets at its launch, as __launch_bounds__ lets the compiler use; nothing besides is there to be taken later.
+  const int registers = std::min(65536 / launch.resident / launch.threads / 8 * 8, 256);
   for (Warp& warp : block.warps) warp.registers = registers;
-  block.free_registers = 65536 - registers * launch.threads;
+  block.free_registers = 0;
   // No more than its alignment may be assumed of the address of shared memory.
   block.base = 1024 + 128 * static_cast<uint32_t>(launch.seed % 8);
   const int words = (launch.shared_bytes + 3) / 4;

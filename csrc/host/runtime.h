@@ -18,6 +18,7 @@ struct Launch {
   int grid = 1;
   int threads = 0;
   int shared_bytes = 0;
+  int resident = 1;    // blocks of a multiprocessor, which share its registers
   uint64_t seed = 0;   // 0: in order; else threads, blocks and asynchronous copies take a random order
   bool races = true;   // vector clocks over shared memory
 };

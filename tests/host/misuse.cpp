@@ -17,7 +17,7 @@ struct Arguments {
 
 // Two warpgroups, one of which plays the producer where there is one.
 struct Faults {
-  static constexpr int THREADS = 256, SMEM = 64 * 1024;
+  static constexpr int THREADS = 256, BLOCKS = 1, SMEM = 64 * 1024;
 
   static void run(const Arguments& args) {
     const int thread = thread_index(), lane = thread % 32, warp = thread / 32;

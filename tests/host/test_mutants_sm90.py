@@ -78,6 +78,7 @@ MORE = [
     Mutant("o of the next tile's rows", F, "store(args, work, row, o, done);", "store(args, ahead, row, o, done);", values),
     Mutant("sums of the next tile", F, "store(args, work, row, o, done);", "store(args, work, row, o, state);", values),
     Mutant("more registers than there are", F, "CONSUMERS == 3 ? 160 : 232", "CONSUMERS == 3 ? 168 : 240", orders),
+    Mutant("registers that were not there at the launch", F, "CONSUMERS == 3 ? 32 : 40", "CONSUMERS == 3 ? 32 : 48", orders),
     Mutant("the tail's V is announced as whole", F, "(partial ? V_TAIL : V_FULL)", "(partial ? V_FULL : V_FULL)", orders),
     Mutant("o is not rescaled", F, "            rescale(o, factor);\n", "", values),
     Mutant("sums of a block that is done again", F, "            state.sum[0] = before[0];\n", "", values),
