@@ -4,6 +4,7 @@
     python -m bench.variants --choose                        csrc/chosen_sm90.cuh from bench/results/variants_cuda.json
 
 Each form is judged against float64 first. Per case, a form's time is that of the better of its tile sizes, 192 and 128 rows.
+Case s, segments of 64 patches, is for the form with 64 rows, which positions.block_rows takes by an estimate.
 Chosen is the one with the best geometric mean that has both: the extension takes the size by the pack (positions.block_rows).
 """
 
@@ -26,13 +27,14 @@ from bench.attention import CASES, CHECK, describe
 from bench.micro import find_nvcc
 from bench.peers import Problem
 from bench.timing import RESULTS, ROOT, ceilings, keep, measure, parser, publish, say
-from qwen2vl_fast.positions import attention_tiles, dealt_tiles
+from qwen2vl_fast.positions import attention_tiles, dealt_tiles, hopper_blocks
 from tests.host.runner import VarlenAttention
 
 SOURCE = Path(__file__).parent / "variants_sm90.cu"
 CHOSEN = ROOT / "csrc" / "chosen_sm90.cuh"
 RESULT = RESULTS / "variants_cuda.json"
-ON_CASES = ("a", "b", "c", "e", "f", "h")
+SHORT = {"s": 1024 * (64,)}  # for which blocks of 64 rows are; it decides nothing among the forms of 192 and 128
+ON_CASES = ("a", "b", "c", "e", "f", "h", *SHORT)
 BOUND = 6e-3  # relative error against float64, in bfloat16
 REFERENCES = ("FIRST", "CONDITIONAL", "ALWAYS")
 
@@ -69,8 +71,8 @@ def attend(library: ctypes.CDLL, index: int, rows: int, problem: Problem) -> Cal
     q, k, v = problem.views
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    tiles = dealt_tiles(attention_tiles(problem.schedule.cu_seqlens.cpu(), q.shape[1], rows, False), processors).to(q.device)
+    workers = torch.cuda.get_device_properties(q.device).multi_processor_count * hopper_blocks(rows)
+    tiles = dealt_tiles(attention_tiles(problem.schedule.cu_seqlens.cpu(), q.shape[1], rows, False), workers).to(q.device)
     views = {"q": q, "k": k, "v": v, "o": o}
     arguments = VarlenAttention(
         **{name: x.data_ptr() for name, x in views.items()}, lse=lse.data_ptr(), tiles=tiles.data_ptr(), tile_count=len(tiles),
@@ -93,6 +95,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, float]:
     """{form: geometric mean over the cases of the chosen form's time over its own, of the better size each}; nothing where the
     chosen form took no part."""
     ratios: dict[str, list[float]] = {}
+    rows = [row for row in rows if row["case"] in CASES]
     for row in rows:
         fastest: dict[str, float] = {}
         for entry in row["variants"]:
@@ -144,14 +147,15 @@ def measured() -> dict[str, Any] | None:
 
 
 def measure_case(library: ctypes.CDLL, name: str, wrong: dict[int, str], options: Any) -> dict[str, Any]:
-    problem = Problem.random(CASES[name], device="cuda", dtype=torch.bfloat16)
+    lengths = (CASES | SHORT)[name]
+    problem = Problem.random(lengths, device="cuda", dtype=torch.bfloat16)
     entries = variants(library)
     runs = {str(i): attend(library, i, entry["rows"], problem) for i, entry in enumerate(entries) if i not in wrong}
     for index, seconds in measure(runs, repeats=options.repeats, device="cuda").items():
         entries[int(index)] |= {"seconds": seconds, "flops": problem.useful_flop / seconds["median"]}
     for index, reason in wrong.items():
         entries[index]["missing"] = reason
-    return {"case": name, "lengths": describe(CASES[name]), "useful_flop": problem.useful_flop, "variants": entries}
+    return {"case": name, "lengths": describe(lengths), "useful_flop": problem.useful_flop, "variants": entries}
 
 
 def judge(library: ctypes.CDLL) -> dict[int, str]:
@@ -169,7 +173,7 @@ def judge(library: ctypes.CDLL) -> dict[int, str]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser("variants", __doc__, repeats=7)
-    arguments.add_argument("--cases", nargs="*", choices=tuple(CASES), default=list(ON_CASES))
+    arguments.add_argument("--cases", nargs="*", choices=tuple(CASES | SHORT), default=list(ON_CASES))
     arguments.add_argument("--choose", action="store_true", help="only write csrc/chosen_sm90.cuh from the result at hand")
     options = arguments.parse_args(argv)
     if options.choose:

@@ -1,7 +1,7 @@
 // Forward of variable-length attention for Hopper (sm_90a): TMA, wgmma with P in registers, the native head dim.
 //
-// A block is one producer warpgroup and ROWS / 64 consumer warpgroups of 64 query rows each; it stays resident and takes one tile
-// of work after another. The producer's first warp loads tiles, Q, K and V; its second zeroes the rows of V past the end of a
+// A block is one producer warpgroup and ROWS / 64 consumer warpgroups of 64 query rows each; it stays resident, with one consumer beside
+// another such block, and takes one tile of work after another. The producer's first warp loads tiles, Q, K and V; its second zeroes the rows of V past the end of a
 // segment, since 0 * NaN of the next segment would be NaN. A consumer issues S = Q K^T of the next key block, then O += P V of the
 // current one, and exponentiates that S while P V runs; the next key block may be the first of the next tile, so that neither
 // the start of a tile nor its end leaves the tensor cores idle. A tile's key blocks go from the last to the first: only the
@@ -30,10 +30,11 @@ template <bool BF16, int D, int ROWS, int KEYS, int STAGES, bool CAUSAL, class O
 struct ForwardSm90 {
   static constexpr int CONSUMERS = ROWS / 64;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
-  static constexpr int BLOCKS = 1;
+  static constexpr int BLOCKS = CONSUMERS == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
-  static_assert(CONSUMERS == 2 || CONSUMERS == 3);
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : CONSUMERS == 2 ? 232 : 216;
+  static constexpr bool TURNS = Options::TURNS && CONSUMERS > 1;
+  static_assert(CONSUMERS >= 1 && CONSUMERS <= 3);
 
   using QLayout = Layout<D, ROWS, Options::NARROW ? 0 : D / 64>;
   using KLayout = Layout<D, KEYS, Options::NARROW ? 0 : D / 64>;
@@ -54,7 +55,7 @@ struct ForwardSm90 {
   static constexpr int V_EMPTY = V_FULL + STAGES * 8;
   static constexpr int V_TAIL = V_EMPTY + STAGES * 8;
   static constexpr int SMEM = V_TAIL + STAGES * 8 + 1024;
-  static_assert(KEYS % 16 == 0 && SMEM <= 232448);
+  static_assert(KEYS % 16 == 0 && BLOCKS * (SMEM + 1024) <= 233472);  // of a multiprocessor, which takes 1024 for each block
 
   static constexpr int TURN = 1;  // the first of CONSUMERS named barriers
 
@@ -214,7 +215,7 @@ struct ForwardSm90 {
     Softmax state;
     state.begin();
 
-    if (Options::TURNS && warpgroup == CONSUMERS - 1) named_barrier_arrive(TURN, 256);
+    if (TURNS && warpgroup == CONSUMERS - 1) named_barrier_arrive(TURN, 256);
     Work work = next_tile(args, smem, slot, row);
     if (work.rows == 0) return;
     int block = key_blocks(work.keys) - 1;
@@ -222,13 +223,13 @@ struct ForwardSm90 {
     // S = Q K^T of the next key block and, under way while S is exponentiated, O += P V of the current one.
     auto products = [&] {
       mbarrier_wait(smem + K_FULL + 8 * k.at, k.parity);
-      if (Options::TURNS) named_barrier_wait(TURN + warpgroup, 256);
+      if (TURNS) named_barrier_wait(TURN + warpgroup, 256);
       wgmma_fence();
       scores(s, smem, slot.at, k.at, warpgroup);
       wgmma_commit();
       accumulate(o, p, smem, v.at);
       wgmma_commit();
-      if (Options::TURNS) named_barrier_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
+      if (TURNS) named_barrier_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
       wgmma_wait<1>();
     };
     auto release_k = [&] {
@@ -461,12 +462,13 @@ struct ForwardSm90 {
   }
 };
 
-// Calls run(kernel) with the kernel (an empty struct) for a head dim and the rows of a tile; false where there is none. Both sizes at
+// Calls run(kernel) with the kernel (an empty struct) for a head dim and the rows of a tile; false where there is none. All sizes at
 // D = 80 take as many keys a block: the bits of a segment must not depend on the pack that the size was chosen for.
 template <bool BF16, bool CAUSAL, class Run>
 bool choose_forward_sm90(int D, int rows, Run run) {
   if (D == 80 && rows == 192) return run(ForwardSm90<BF16, 80, 192, ChosenSm90::KEYS, ChosenSm90::STAGES, CAUSAL>{}), true;
   if (D == 80 && rows == 128) return run(ForwardSm90<BF16, 80, 128, ChosenSm90::KEYS, ChosenSm90::STAGES, CAUSAL>{}), true;
+  if (D == 80 && rows == 64) return run(ForwardSm90<BF16, 80, 64, ChosenSm90::KEYS, 2, CAUSAL>{}), true;
   if (D == 64 && rows == 128) return run(ForwardSm90<BF16, 64, 128, 128, 3, CAUSAL>{}), true;
   if (D == 128 && rows == 128) return run(ForwardSm90<BF16, 128, 128, 128, 2, CAUSAL>{}), true;
   return false;

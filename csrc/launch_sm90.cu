@@ -10,7 +10,7 @@ template <bool BF16, bool CAUSAL>
 void choose(const VarlenAttention& p, int rows, int device, void* stream) {
   const bool found = choose_forward_sm90<BF16, CAUSAL>(
       p.D, rows, [&](auto kernel) { run_forward_sm90<decltype(kernel)>(p, device, stream); });
-  require(found, "rows: expected 128, or 192 with D = 80, for the sm_90 kernel, got " + std::to_string(rows) + " with D = " +
+  require(found, "rows: expected 128, or with D = 80 64 or 192 too, for the sm_90 kernel, got " + std::to_string(rows) + " with D = " +
                      std::to_string(p.D));
 }
 

@@ -5,7 +5,7 @@
 
 namespace qwen2vl_fast {
 
-// rows: the block size that the tiles were made for, 128, or 192 with D = 80. Throws as forward() of launch.h does.
+// rows: the block size that the tiles were made for, 128, or with D = 80 64 or 192 too. Throws as forward() of launch.h does.
 void forward_sm90(const VarlenAttention& problem, int rows, int device, void* stream);
 
 }  // namespace qwen2vl_fast

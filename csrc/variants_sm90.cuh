@@ -27,6 +27,7 @@ void each_variant_sm90(Visit visit) {
     visit(name, integral_constant<int, 128>{}, options);
   };
   both("chosen", ChosenSm90{});
+  visit("64 rows, two blocks", integral_constant<int, 64>{}, VariantSm90<ChosenSm90::KEYS, 2>{});
   both("96 keys", VariantSm90<96, 4>{});
   both("96 keys, three stages", VariantSm90<96, 3>{});
   both("112 keys", VariantSm90<112, 3>{});

@@ -238,7 +238,7 @@ def with_lists(schedule: AttentionSchedule, capability: tuple[int, int], process
     block_m = block_rows(lengths, schedule.heads, schedule.head_dim, capability, causal)
     tiles = attention_tiles(bounds, schedule.heads, block_m, causal)
     if capability == (9, 0) and not causal:  # causal tiles of one segment differ in length, and short ones end the list
-        tiles = dealt_tiles(tiles, processors)
+        tiles = dealt_tiles(tiles, processors * hopper_blocks(block_m))
     schedule = replace(schedule, block_m=block_m, tiles=tiles)
     if not backward:
         return schedule
@@ -257,22 +257,29 @@ def block_rows(lengths: Sequence[int], heads: int, head_dim: int, capability: tu
     Large blocks read keys less often; small ones waste less at the ends of segments, and fill a device that large ones can't.
     """
     if capability == (9, 0):
-        return 128 if head_dim != 80 else min((128, 192), key=lambda rows: _hopper_microseconds(lengths, heads, rows))
+        return 128 if head_dim != 80 else min((128, 192, 64), key=lambda rows: _hopper_microseconds(lengths, heads, rows))
     large, small = (heads * sum(-(-length // rows) for length in lengths) for rows in (128, 64))
     return 64 if large < 256 or 2 * large > 1.2 * small else 128
 
 
 def _hopper_microseconds(lengths: Sequence[int], heads: int, rows: int) -> float:
-    """Time of the busiest of an H100's 132 multiprocessors: whole tiles of the longest segments, no less than an equal share.
+    """Time of the busiest of an H100's resident blocks: whole tiles of the longest segments, no less than an equal share.
 
     Fitted to measurements: a tile of 192 rows costs 1.6 microseconds and 1.30 for each block of 96 keys. That one of 128 rows
-    takes 1.10 a block is an estimate from blocks of 128 keys, which take 1.36.
+    takes 1.10 a block is an estimate from blocks of 128 keys, which take 1.36. Tiles of 64 rows, two on a multiprocessor, wait
+    for their loads: 2 x 1300 clocks (docs/hopper.md) are 1.5 microseconds, an estimate too.
     """
+    workers = 132 * hopper_blocks(rows)
     length = torch.tensor(lengths, dtype=torch.int64)
     count = -(-length // rows) * heads
-    cost = 1.6 + {192: 1.30, 128: 1.10}[rows] * -(-length // 96)
+    cost = 1.6 + {192: 1.30, 128: 1.10, 64: 1.5}[rows] * -(-length // 96)
     longest = int(count[length == max(lengths, default=0)].sum())
-    return max(float((count * cost).sum()) / 132, -(-longest // 132) * float(cost.max()) if longest else 0.0)
+    return max(float((count * cost).sum()) / workers, -(-longest // workers) * float(cost.max()) if longest else 0.0)
+
+
+def hopper_blocks(rows: int) -> int:
+    """Blocks of the Hopper forward that a multiprocessor holds: BLOCKS of csrc/fwd_sm90.cuh."""
+    return 2 if rows == 64 else 1
 
 
 def backward_rows(lengths: Sequence[int], heads_k: int, head_dim: int, processors: int, causal: bool) -> int:

@@ -88,20 +88,22 @@ def block_of_keys(code: list[tuple[int, str]]) -> list[str]:
     return [t for a, t in code if first <= a <= last and not left < a < right]
 
 
-def shared_bytes(names: list[str]) -> dict[str, int]:
-    """kernel -> dynamic shared memory, as the sources say."""
+def sizes(names: list[str]) -> dict[str, tuple[int, int]]:
+    """kernel -> (dynamic shared memory, blocks of a multiprocessor), as the sources say."""
     lines = []
     for name in names:
         words = name[len("ForwardSm90<") : -1].split(", ")
         words = [{"bf16": "true", "fp16": "false", "causal": "true", "full": "false"}.get(word, word) for word in words]
-        lines.append(f'  std::printf("%d\\n", ForwardSm90<{", ".join(words)}>::SMEM);')
+        kernel = f"ForwardSm90<{', '.join(words)}>"
+        lines.append(f'  std::printf("%d %d\\n", {kernel}::SMEM, {kernel}::BLOCKS);')
     head = ("#include <cstdio>", '#include "fwd_sm90.cuh"', "using namespace qwen2vl_fast;", "int main() {")
     source = "\n".join([*head, *lines, "}"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sizes")
         command = [build.compiler(), "-std=c++17", "-O1", "-w", f"-I{build.CSRC}", "-x", "c++", "-", "-o", path]
         subprocess.run(command, input=source, text=True, check=True)
-        return dict(zip(names, map(int, subprocess.run([path], capture_output=True, check=True).stdout.split()), strict=True))
+        printed = subprocess.run([path], capture_output=True, text=True, check=True).stdout.splitlines()
+        return {name: tuple(map(int, line.split())) for name, line in zip(names, printed, strict=True)}
 
 
 def table() -> dict[str, Any]:
@@ -109,7 +111,7 @@ def table() -> dict[str, Any]:
     from qwen2vl_fast import _C
 
     usage, listing = listings("-res-usage"), listings("-sass")
-    shared = shared_bytes(sorted(listing))
+    known = sizes(sorted(listing))
     rows = {}
     for name in sorted(listing):
         code = instructions(listing[name])
@@ -121,7 +123,8 @@ def table() -> dict[str, Any]:
             "highest register": max(map(int, re.findall(r"\bR(\d+)\b", everything))),
             "stack": number["STACK"] + number["LOCAL"],
             "local": len(re.findall(r"\b(?:LDL|STL)\b", everything)),
-            "shared": shared[name],
+            "shared": known[name][0],
+            "blocks": known[name][1],
             "steps": [{k: v for k, v in step.items() if k != "from"} for step in steps(code)],
             "block of keys": {"instructions": len(block), **{key: sum(key in t for t in block) for key in COUNTED}},
         }

@@ -95,6 +95,21 @@ def test_block_rows_depend_on_the_work():
     assert rows((64,) * 600) == rows((160,) * 600) == 64  # 128 rows would compute twice and 1.3 times as much
 
 
+def test_block_rows_on_a_hopper():
+    """Blocks of 64 rows, two on a multiprocessor, are for many short segments; their list is dealt to twice as many blocks."""
+    rows = functools.partial(positions.block_rows, heads=16, head_dim=80, capability=(9, 0), causal=False)
+    assert rows((16384,)) == rows((4096,) * 4) == rows((160,) * 600) == 192
+    assert rows((1024,)) == rows((256,) * 64) == rows((65,) * 600) == rows((64,) * 4) == rows(()) == 128
+    assert rows((64,) * 600) == rows((16,) * 4000) == rows((4096, *2000 * (64,))) == 64
+    assert {positions.block_rows((64,) * 600, 16, dim, (9, 0), False) for dim in (64, 128)} == {128}
+    bounds = torch.tensor(bounds_of((800, 800, *300 * (64,))), dtype=torch.int32)
+    plain = positions.attention_schedule(bounds, heads=16, device="cpu")
+    schedule = positions.with_lists(plain, (9, 0), 132, backward=False)
+    expected = positions.dealt_tiles(positions.attention_tiles(bounds, 16, 64, False), 264)
+    assert schedule.block_m == 64 and torch.equal(schedule.tiles, expected)
+    assert not torch.equal(expected, positions.dealt_tiles(positions.attention_tiles(bounds, 16, 64, False), 132))
+
+
 extension = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
 
 

@@ -23,7 +23,7 @@ FAR = 2**30 + 8  # elements: the third of anything is past 2^31
 
 
 def kernels(dim: int) -> list[Kernel]:
-    hopper = [Kernel(build.library("fwd_sm90"), "forward_sm90", rows) for rows in ((128, 192) if dim == 80 else (128,))]
+    hopper = [Kernel(build.library("fwd_sm90"), "forward_sm90", rows) for rows in ((64, 128, 192) if dim == 80 else (128,))]
     return [*(Kernel(build.library("fwd_sm80"), "forward_sm80", rows) for rows in (64, 128)), *hopper]
 
 

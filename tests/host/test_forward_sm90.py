@@ -15,7 +15,7 @@ from tests.host.planted import sanitized_forward
 from tests.host.runner import Kernel, tiles
 from tests.host.test_forward_sm80 import NAMED, SEEDS
 
-SHAPES = [(80, 192), (80, 128), (64, 128), (128, 128)]  # head dim, rows of a tile: what launch_sm90.cu launches
+SHAPES = [(80, 192), (80, 128), (80, 64), (64, 128), (128, 128)]  # head dim, rows of a tile: what launch_sm90.cu launches
 shapes = pytest.mark.parametrize(("dim", "rows"), SHAPES)
 EDGES = (64, 96, 128, 192)  # rows of a warpgroup, keys of a block, rows of a tile
 

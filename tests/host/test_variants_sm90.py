@@ -14,7 +14,7 @@ from tests.host.runner import Kernel, load
 from tests.host.test_forward_sm80 import NAMED
 from tests.host.test_forward_sm90 import EDGES, EXTREMES, VOTES
 
-COUNT = 26  # variants and sizes; test_names counts
+COUNT = 27  # variants and sizes; test_names counts
 
 
 @pytest.fixture(scope="module")
