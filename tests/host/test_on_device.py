@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_fast import ops, reference
+from qwen2vl_fast.positions import block_rows
 from tests.compare import same_bits
 from tests.host import extension
 from tests.host.cases import BF16, FP16, Case, check_alone, check_isolation, check_rule
@@ -62,6 +63,15 @@ def test_edges_of_tiles(op, dim, causal):
     for edge in EDGES:
         lengths = (edge - 1, edge, edge + 1, 0, 2 * edge + 1, 1)
         check_rule(op, Case(lengths, heads=2, dim=dim, dtype=FP16 if edge == 96 else BF16, causal=causal))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_short_segments(op, causal):
+    """So many that a Hopper takes blocks of 64 rows."""
+    case = Case(tuple(7 * i % 65 for i in range(160)), causal=causal)
+    assert block_rows((max(case.lengths),) * 160, case.heads, case.dim, (9, 0), causal) == 64
+    check_rule(op, case)
+    check_isolation(op, case, 3)
 
 
 @dims
