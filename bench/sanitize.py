@@ -37,6 +37,7 @@ def calls(dtype: torch.dtype, device: str = "cuda", kernels: str = "triton") -> 
     grid = torch.tensor([[1, 2, TOKENS // 2]])
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     schedule = attention_schedule(bounds, heads=16, device=device)
+    short = torch.arange(0, TOKENS + 3, 3).clamp(max=TOKENS).to(device, torch.int32)  # on Hopper, blocks of 64 rows
     text_schedule = attention_schedule(bounds, heads=12, heads_k=2, head_dim=128, causal=True, device=device)
 
     def vision_attention(backend: str, deterministic: bool = False) -> Any:
@@ -75,6 +76,7 @@ def calls(dtype: torch.dtype, device: str = "cuda", kernels: str = "triton") -> 
         yield "varlen_attention", "cuda", lambda: vision_attention("cuda")
         yield "deterministic varlen_attention", "cuda", lambda: vision_attention("cuda", True)
         yield "causal varlen_attention", "cuda", lambda: text_attention("cuda")
+        yield "varlen_attention of short segments", "cuda", lambda: ops.varlen_attention(*qkv.unbind(1), short, backend="cuda")
 
 
 def main(argv: list[str] | None = None) -> None:
