@@ -211,10 +211,12 @@ def processor() -> str:
 
 
 def commit() -> str:
+    """With +changes if files differ, those aside that a run itself writes and those that tell of it."""
     name = _run("git", "rev-parse", "--short", "HEAD")
     if not name:
         return "no git checkout"
-    return name + ("+changes" if _run("git", "status", "--porcelain", "-uno") else "")
+    told = [f":(exclude){path}" for path in ("bench/results", "docs", "README.md")]
+    return name + ("+changes" if _run("git", "status", "--porcelain", "-uno", "--", ".", *told) else "")
 
 
 def sources() -> str:

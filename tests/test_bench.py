@@ -128,6 +128,24 @@ def test_the_command_of_a_result_measures_it_again(tmp_path):
     assert {"date", "device", "torch", "commit", "sources"} <= set(result["environment"])
 
 
+def test_a_result_that_was_written_before_is_no_change(tmp_path, monkeypatch):
+    """All subjects of a run are of one commit, though each writes its JSON into the checkout."""
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    assert timing.commit() == "no git checkout"
+    for path in ("bench/results/rope_cuda.json", "bench/rope.py", "README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("before")
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false")
+    for command in (("init", "-q"), ("add", "-A"), (*who, "commit", "-qm", "x")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    plain = timing.commit()
+    for path in ("bench/results/rope_cuda.json", "README.md"):
+        (tmp_path / path).write_text("after")
+    assert re.fullmatch("[0-9a-f]{7,}", plain) and timing.commit() == plain
+    (tmp_path / "bench/rope.py").write_text("after")
+    assert timing.commit() == f"{plain}+changes"
+
+
 def test_an_unknown_peer_is_an_error_that_names_the_known_ones(capsys):
     arguments = timing.parser("x", "x", peers=("torch", "Liger"), on_request=("slow",))
     for asked, expected in (([], ["torch", "Liger"]), (["--peers"], []), (["--peers", "slow"], ["slow"])):
