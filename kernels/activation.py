@@ -23,19 +23,40 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _activate(z, IS_QUICK: tl.constexpr):
+def _tail(z):
+    """(|z|, m, e): em is the chance that a normal number lies above |z|, e = exp(-z^2 / 2).
+
+    m comes from six terms in 1 / (1 + 0.295 |z|), a least maximum fit on 0 <= |z| <= 6, there 1.1e-6 of itself apart in float32
+    (3e-5 at 8): for results of 16 bits, by two thirds of the instructions of erf and with one exponential for a gradient.
+    """
+    a = tl.abs(z)
+    t = 1.0 / (1.0 + 0.295 * a)
+    m = 0.17347906529903412 + t * (-0.07356896996498108 + t * (0.2653045058250427 + t * -0.08776256442070007))
+    m = t * (0.11890729516744614 + t * (0.10364025831222534 + t * m))
+    return a, m, tl.exp2(z * z * -0.7213475204444817)
+
+
+@triton.jit
+def _activate(z, IS_QUICK: tl.constexpr, IS_NARROW: tl.constexpr):
     if IS_QUICK:
         y = z * _sigmoid(1.702 * z)
+    elif IS_NARROW:
+        a, m, e = _tail(z)
+        y = tl.maximum(z, 0.0) - a * (m * e)
     else:
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     return y
 
 
 @triton.jit
-def _slope(z, IS_QUICK: tl.constexpr):
+def _slope(z, IS_QUICK: tl.constexpr, IS_NARROW: tl.constexpr):
     if IS_QUICK:
         s = _sigmoid(1.702 * z)
         slope = s * (1.0 + 1.702 * z * (1.0 - s))
+    elif IS_NARROW:
+        a, m, e = _tail(z)
+        below = e * (m - a * 0.3989422804014327)  # the slope at -|z|
+        slope = tl.where(z >= 0.0, 1.0 - below, below)
     else:
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     return slope
@@ -51,6 +72,7 @@ def _activation_kernel(
     x_ptr, bias_ptr, y_ptr, T, stride_x_t,
     F: tl.constexpr, IS_QUICK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    narrow: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth < 32
     blocks = tl.cdiv(F, BLOCK_F)
     t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -58,7 +80,7 @@ def _activation_kernel(
     z = _load(x_ptr, t, f, stride_x_t, mask)
     if HAS_BIAS:
         z = z + wide(tl.load(bias_ptr + f, mask=f < F, other=0.0))[None, :]
-    tl.store(y_ptr + (offset(t, F)[:, None] + f[None, :]), _activate(z, IS_QUICK), mask=mask)
+    tl.store(y_ptr + (offset(t, F)[:, None] + f[None, :]), _activate(z, IS_QUICK, narrow), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
@@ -67,6 +89,7 @@ def _activation_backward_kernel(
     F: tl.constexpr, IS_QUICK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `rows` rows, and with a bias their share of its gradient, [chunks, F]."""
+    narrow: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth < 32
     blocks = tl.cdiv(F, BLOCK_F)
     chunk = tl.program_id(0) // blocks
     f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -79,7 +102,7 @@ def _activation_backward_kernel(
         z = _load(x_ptr, t, f, stride_x_t, mask)
         if HAS_BIAS:
             z = z + bias
-        grad = _load(grad_ptr, t, f, stride_grad_t, mask) * _slope(z, IS_QUICK)
+        grad = _load(grad_ptr, t, f, stride_grad_t, mask) * _slope(z, IS_QUICK, narrow)
         tl.store(grad_x_ptr + (offset(t, F)[:, None] + f[None, :]), grad, mask=mask)
         if HAS_BIAS:
             grad_bias += grad

@@ -14,7 +14,7 @@ import triton.language as tl
 from qwen2vl_fast import ops, reference
 from qwen2vl_fast.kernels import rope
 from qwen2vl_fast.kernels.offsets import offset
-from tests.compare import check, check_pair_units, check_units, error, judge, same_bits
+from tests.compare import Call, check, check_pair_units, check_units, error, judge, same_bits
 from tests.interpreted.test_gated import check_gated
 from tests.models import batch, pair
 from tests.samples import PEERS, SAMPLES, Sample
@@ -233,6 +233,36 @@ def test_head_dims_and_counts(dim, heads, device, one_program_for_all_heads):
             check(out, ref, [error(peer, ref)])
 
 
+def check_every_value(device: str, dtype: torch.dtype) -> None:
+    """GELU and its slope at every number of 16 bits: within a unit, and nearly always the nearest."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    leaf = bits[bits.isfinite()].to(device).requires_grad_()
+    out = ops.gelu(leaf, backend="triton")
+    (slope,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    z = leaf.detach().double()
+    below = torch.special.erfc(-z * 0.5**0.5) / 2
+    refs = z * below, below + z * (-z * z / 2).exp() / (2 * torch.pi) ** 0.5
+    for found, ref, name in ((out.detach(), refs[0], "gelu"), (slope, refs[1], "slope")):
+        check_units(found, ref, torch.maximum(ref.abs(), below), name)  # the slope is the sum of below and another
+        wrong = (found != ref.to(dtype)).double().mean().item()
+        assert wrong < 0.004, f"{name}: {wrong:.2%} are not the nearest"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_gelu_at_every_value(dtype, device):
+    check_every_value(device, dtype)
+
+
+def check_gelu_near_zero(device: str) -> None:
+    """In float32, where values that are much larger would hide an erf of less than its precision."""
+    x = torch.linspace(-1, 1, 4096, device=device)
+    judge(functools.partial(ops.gelu, backend="triton"), reference.gelu, Call({"x": x}), name="gelu near zero")
+
+
+def test_gelu_near_zero(device):
+    check_gelu_near_zero(device)
+
+
 def test_resize(device):
     check_resize(["triton"], device, SIZES[4:6] if device == "cpu" else SIZES)
 
@@ -341,6 +371,11 @@ MUTANTS = [
     ("activation", "z * _sigmoid(1.702 * z)", "z * _sigmoid(1.7 * z)", "quick_gelu"),
     ("activation", "z * (1.0 - s)", "z * s", "quick_gelu"),
     ("activation", "z * tl.exp(-0.5 * z * z)", "z * tl.exp(-z * z)", "gelu"),
+    ("activation", "1.0 + 0.295 * a", "1.0 + 0.2955 * a", "every value"),
+    ("activation", "z * z * -0.7213475204444817", "z * z * -0.7212", "every value"),
+    ("activation", "- a * (m * e)", "- z * (m * e)", "every value"),
+    ("activation", "1.0 - below, below)", "1.0 - below, -below)", "every value"),
+    ("activation", "primitive_bitwidth < 32", "primitive_bitwidth < 64", "near zero"),
     ("activation", "_load(x_ptr + F, t", "_load(x_ptr, t", "swiglu"),
     ("activation", "grad * gate * s, mask", "grad * s, mask", "swiglu"),
     ("activation", "grad_bias += grad", "grad_bias = grad", "gelu"),
@@ -393,6 +428,10 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
         elif kind == "gated":
             for seed in range(6):
                 check_gated(seed, torch.float32)
+        elif kind == "every value":
+            check_every_value("cpu", torch.float16)
+        elif kind == "near zero":
+            check_gelu_near_zero("cpu")
         elif kind == "resize":
             check_resize(["triton"], sizes=SIZES[4:6])
         else:
