@@ -129,7 +129,7 @@ FAMILIES = {
     "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (64, 256)}, activated(5120, "gelu", True)),
     "gated_18944": Family(gated, POINTWISE, activated(18944, "gated")),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
-    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16), "BLOCK_E": (64, 128, 256), "NUM_WARPS": (2, 4, 8)}, patches),
+    "patchify": Family(patchify, {"BLOCK_T": (8, 16, 32), "BLOCK_P": (16, 32, 64), "NUM_WARPS": (2, 4, 8)}, patches),
     "sums": Family(sums, {"BLOCK_R": (32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (4, 8)}, partial_sums),
 }
 

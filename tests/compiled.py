@@ -26,7 +26,7 @@ CAPABILITIES = (80, 90)
 MODULES = ("rope", "norm", "activation", "gated", "loss", "patchify", "resize", "sums")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.uint16: "u16",
 }  # fmt: skip
 
 
