@@ -16,7 +16,7 @@ from .offsets import LIMIT, blocks_of, offset, power_of_two, refuse, wide
 from .starting import start
 
 TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and elements a warp: 16 a thread
-BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 4096, 512, 2  # stages: tiles under way while one is worked on
+BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 2048, 512, 2  # stages: tiles under way while one is worked on
 PROGRAMS = 512  # of a backward pass on many rows: each leaves one row of partial sums
 ROWS = 4  # tiles at least that share one row of partial sums
 MAX_WIDTH = 65536

@@ -27,7 +27,7 @@ def narrow_allowed(name: str) -> set[str]:
     if "raster" in name:
         return {"LDG 8", "LDGSTS 8"}  # row numbers
     if "160" in name:
-        return {"LDG 2", "STG 4"}  # weight, bias and partial sums: 160 of them a program
+        return {"LDG 2", "LDG 4", "STG 8"}  # weight, bias and partial sums: 160 of them a program
     return {"LDG 2"} if name == "patchify" else set()  # three bytes a pixel, a gather
 
 
