@@ -76,14 +76,14 @@ def _turn(
     step, step_out = offset(tl.full((), BLOCK_H, tl.int32), stride_h), offset(tl.full((), BLOCK_H, tl.int32), stride_out_h)
     for group in range(first, end):
         x += step
-        head += BLOCK_H
-        more = inside[None, :, None] & ((head < HEADS) & (group + 1 < end))[:, None, None]
-        next_low, next_high = tl.load(x, mask=more, other=0.0), tl.load(x + HALF, mask=more, other=0.0)
         a, b = wide(low), wide(high)
-        tl.store(out, a * cos - b * sin, mask=mask)
-        tl.store(out + HALF, b * cos + a * sin, mask=mask)
+        more = inside[None, :, None] & ((head + BLOCK_H < HEADS) & (group + 1 < end))[:, None, None]
+        low, high = tl.load(x, mask=more, other=0.0), tl.load(x + HALF, mask=more, other=0.0)
+        here = inside[None, :, None] & (head < HEADS)[:, None, None]
+        tl.store(out, a * cos - b * sin, mask=here)
+        tl.store(out + HALF, b * cos + a * sin, mask=here)
         out += step_out
-        low, high, mask = next_low, next_high, more
+        head += BLOCK_H
 
 
 @triton.jit(do_not_specialize=["T", "S", "share", "stride_p_a", "stride_p_b", "stride_p_s"])

@@ -126,11 +126,11 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 
 def cases() -> dict[str, Launch]:
-    """The released models' shapes in bf16, and one small or odd shape a kernel: name -> launch."""
+    """The released models' shapes in bf16, small or odd ones, other dtypes where these take most registers: name -> launch."""
     from qwen2vl_fast.kernels import activation, gated, loss, merge, norm, patchify, resize, rope
 
-    def bf16(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16)
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
 
     found: dict[str, Launch] = {}
 
@@ -159,35 +159,46 @@ def cases() -> dict[str, Launch]:
     rotate("mrope head 96", 8, 2, 96, 3)
     rotate("mrope 7B fp16", 28, 4, 128, 3, dtype=torch.float16)
     rotate("mrope 7B fp32", 28, 4, 128, 3, dtype=torch.float32)
+    rotate("vision rope fp16", 16, 16, 80, 2, dtype=torch.float16)
+    rotate("vision rope fp32", 16, 16, 80, 2, dtype=torch.float32)
+    rotate("mrope head 96 fp16", 8, 2, 96, 3, dtype=torch.float16)
 
     for name, width, layer in (("layer norm 1280", 1280, True), ("rms norm 1536", 1536, False), ("rms norm 3584", 3584, False),
                                ("rms norm 8192", 8192, False), ("layer norm 160", 160, True)):  # fmt: skip
-        x, weight = bf16(48, width), bf16(width)
+        x, weight = made(48, width), made(width)
         bias = weight if layer else None
         keep(f"add {name}", norm.launch, x, weight, bias, 1e-6, residual=x)
         keep(f"{name} backward", norm.launch_backward, x, x, weight, bias, 1e-6, grad_total=x)
-    x, weight, rows = bf16(48, 1280), bf16(1280), torch.zeros(48, dtype=torch.int64)
+    x, weight, rows = made(48, 1280), made(1280), torch.zeros(48, dtype=torch.int64)
     keep("merge", merge.launch, x, weight, weight, None, 1e-6)
     keep("merge from raster order", merge.launch, x, weight, weight, rows, 1e-6)
     keep("merge from raster order backward", norm.launch_backward, x, x, weight, weight, 1e-6, rows=rows)
 
+    x, weight = (made(*shape, dtype=torch.float32) for shape in ((48, 1280), (1280,)))
+    keep("layer norm 1280 backward fp32", norm.launch_backward, x, x, weight, weight, 1e-6, grad_total=x)
+
     for name, is_quick in (("quick gelu", True), ("gelu", False)):
-        x, bias = bf16(48, 5120), bf16(5120)
+        x, bias = made(48, 5120), made(5120)
         keep(f"bias {name}", activation.launch, x, bias, is_quick)
         keep(f"bias {name} backward", activation.launch_backward, x, x, bias, is_quick)
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        x, bias = made(48, 5120, dtype=dtype), made(5120, dtype=dtype)
+        keep(f"bias gelu backward {name}", activation.launch_backward, x, x, bias, False)
     for width in (8960, 18944, 29568):
-        x = bf16(48, 2 * width)
+        x = made(48, 2 * width)
         keep(f"swiglu {width}", activation.launch_swiglu, x)
-        keep(f"gated {width}", gated.launch, bf16(48, width), bf16(48, width))
-    keep("swiglu 18944 backward", activation.launch_swiglu_backward, bf16(48, 18944), bf16(48, 2 * 18944))
-    keep("gated 18944 backward", gated.launch_backward, *(bf16(48, 18944) for _ in range(3)))
+        keep(f"gated {width}", gated.launch, made(48, width), made(48, width))
+    keep("swiglu 18944 backward", activation.launch_swiglu_backward, made(48, 18944), made(48, 2 * 18944))
+    keep("gated 18944 backward", gated.launch_backward, *(made(48, 18944) for _ in range(3)))
+    keep("gated 18944 backward fp32", gated.launch_backward, *(made(48, 18944, dtype=torch.float32) for _ in range(3)))
 
     rows = [torch.empty(48) for _ in range(3)]
     for name, launcher in (("loss", loss.launch), ("loss backward", loss.launch_slopes)):
-        keep(name, launcher, bf16(48, 8192), torch.zeros(48, dtype=torch.int64), 8192, *rows)
+        keep(name, launcher, made(48, 8192), torch.zeros(48, dtype=torch.int64), 8192, *rows)
 
     frames = torch.empty((2, 56, 84, 3), dtype=torch.uint8)
-    keep("patchify", patchify.launch, frames, torch.bfloat16, (0.1, 0.2, 0.3), (-1.0, -2.0, -3.0))
+    for name, dtype in (("patchify", torch.bfloat16), ("patchify fp32", torch.float32)):
+        keep(name, patchify.launch, frames, dtype, (0.1, 0.2, 0.3), (-1.0, -2.0, -3.0))
     taps = torch.empty(84, 5, dtype=torch.int32)
     keep("resize", resize.launch, frames, 2, taps[:, 0].contiguous(), taps)
     return found

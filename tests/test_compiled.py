@@ -19,7 +19,7 @@ def narrow_allowed(name: str) -> set[str]:
     if name == "resize":
         return {"LDG 1", "LDG 4", "STG 1"}  # bytes at any place, first samples and weights
     if name.endswith("sums"):
-        return {"STG 2"}  # one column a thread, so that many programs share the work
+        return {"STG 2", "STG 4"}  # one column a thread, so that many programs share the work
     if "rope" in name:
         return {"LDG 8", "LDG 4"}  # positions and frequencies
     if "loss" in name:
@@ -28,7 +28,7 @@ def narrow_allowed(name: str) -> set[str]:
         return {"LDG 8", "LDGSTS 8"}  # row numbers
     if "160" in name:
         return {"LDG 2", "LDG 4", "STG 8"}  # weight, bias and partial sums: 160 of them a program
-    return {"LDG 2"} if name == "patchify" else set()  # three bytes a pixel, a gather
+    return {"LDG 2"} if "patchify" in name else set()  # three bytes a pixel, a gather
 
 
 def problems(name: str, row: dict, warps: int) -> list[str]:
@@ -37,7 +37,7 @@ def problems(name: str, row: dict, warps: int) -> list[str]:
     found = [f"{n} of {access}" for access, n in accesses.items()
              if not access.endswith(" 16") and access not in narrow_allowed(name)]  # fmt: skip
     wide_store = "STG 16" in accesses or name.endswith("sums") or name in ("resize", "loss")
-    wide_load = {"LDG 16", "LDGSTS 16"} & set(accesses) or name in ("patchify", "resize")
+    wide_load = {"LDG 16", "LDGSTS 16"} & set(accesses) or name == "resize" or "patchify" in name
     if not wide_store or not wide_load:
         found.append("no access of 16 bytes")
     if row["stack"]:
