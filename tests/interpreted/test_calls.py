@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from qwen2vl_fast import ops
 from qwen2vl_fast.kernels import activation, loss, norm, patchify, resize, rope
@@ -15,9 +16,9 @@ from tests.test_ops_registration import check_negated, check_trace
 from tests.test_ops_rope import check_places, check_saved_tensors
 
 OPS = {
-    "mrope": lambda x: ops.mrope(x.view(-1, 2, 8), x.view(-1, 2, 8), torch.ones(3, x.shape[0], dtype=torch.int64),
+    "mrope": lambda x: ops.mrope(x.view(-1, 2, 8), x.view(-1, 2, 8), x.new_ones((3, x.shape[0]), dtype=torch.int64),
                                  sections=(1, 1, 2), backend="triton")[0],
-    "vision_rope": lambda x: ops.vision_rope(x.view(-1, 2, 8), x.view(-1, 2, 8), torch.ones(2, x.shape[0], dtype=torch.int64),
+    "vision_rope": lambda x: ops.vision_rope(x.view(-1, 2, 8), x.view(-1, 2, 8), x.new_ones((2, x.shape[0]), dtype=torch.int64),
                                              backend="triton")[1],
     "rms_norm": lambda x: ops.rms_norm(x, x[0], eps=1e-6, residual=x, backend="triton")[0],
     "layer_norm": lambda x: ops.layer_norm(x, x[0], x[1], eps=1e-6, backend="triton"),
@@ -31,17 +32,24 @@ OPS = {
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_compiles_without_breaks(name):
-    """torch.compile(fullgraph=True), forward and backward, gives the eager bits."""
+def test_compiles_without_breaks(name, device):
+    """torch.compile(fullgraph=True), forward and backward, gives the eager bits; one graph for several lengths."""
     torch._dynamo.reset()
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    results = []
-    for function in (OPS[name], torch.compile(OPS[name], backend="aot_eager", fullgraph=True)):
-        leaf = x.clone().requires_grad_()
-        out = function(leaf)
-        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
-        results.append((out.detach(), grad))
-    assert all(map(same_bits, *results))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(OPS[name], backend=counter, fullgraph=True, dynamic=True)
+    first = None
+    for length in (8,) if "raster" in name else (8, 12, 20):  # its grid fixes the length
+        x = torch.randn(length, 16, generator=torch.Generator().manual_seed(0)).to(device)
+        results = []
+        for function in (OPS[name], compiled):
+            leaf = x.clone().requires_grad_()
+            with torch._dynamo.config.patch(error_on_recompile=length != 8):
+                out = function(leaf)
+                (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+            results.append((out.detach(), grad))
+        assert all(map(same_bits, *results))
+        first = first or counter.frame_count
+    assert 1 <= counter.frame_count == first
 
 
 @pytest.mark.parametrize("op", ["mrope_", "vision_rope_"])
@@ -61,16 +69,16 @@ def test_trace(name):
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if "rope" not in name])
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_are_refused(name, device):
     """Not zero, which is what torch makes of an op without a derivative. The rotations have theirs."""
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     (grad,) = torch.autograd.grad(OPS[name](x).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative on this backend; .* have one"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name):
+def test_opcheck(name, device):
     """Every operator that the call and its gradient reach passes torch.library.opcheck."""
     seen = []
 
@@ -80,7 +88,7 @@ def test_opcheck(name):
                 seen.append((function, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]))
             return function(*args, **(kwargs or {}))
 
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     with Watch():
         OPS[name](x).square().sum().backward()
     assert len(seen) >= 2, "neither op nor backward was seen"

@@ -279,15 +279,19 @@ def _offset_kernel(index_ptr, stride, out_ptr):
     tl.store(out_ptr, offset(tl.load(index_ptr), stride))
 
 
-@pytest.mark.parametrize("product", [2**31 - 1, 2**31, 2**31 + 12, 2**33, 2**33 + 8 * 7])
-def test_offsets_beyond_32_bits(product, device):
-    """int32 index and stride, as kernels have them, with a product that does not fit."""
+def check_offset(product: int, device: str) -> None:
     stride = next(s for s in (8192, 4096, 56, 12, 4, 1) if product % s == 0)
     index = product // stride
     dtype = torch.int32 if index < 2**31 else torch.int64
     out = torch.zeros(1, dtype=torch.int64, device=device)
     _offset_kernel[(1,)](torch.tensor([index], dtype=dtype, device=device), stride, out)
     assert out.item() == product
+
+
+@pytest.mark.parametrize("product", [2**31 - 1, 2**31, 2**31 + 12, 2**33, 2**33 + 8 * 7])
+def test_offsets_beyond_32_bits(product, device):
+    """int32 index and stride, as kernels have them, with a product that does not fit."""
+    check_offset(product, device)
 
 
 def test_a_row_beyond_32_bits(device):
@@ -346,6 +350,20 @@ def test_automatic_choice_stays_with_torch():
     assert "no triton kernel" in unusable("varlen_attention", "triton", "cpu")
 
 
+def check_partial_sums(device: str) -> None:
+    """More rows than one program of a backward kernel takes, and more sums of programs than one step of the second stage."""
+    for kind, rows in (("layer_norm", 300), ("gelu", 50), ("gelu", 1050)):
+        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        shared = {"weight": x[0], "bias": x[1]} if kind == "layer_norm" else {"bias": x[1]}
+        sample = Sample(kind, [{"x": x}], shared, {"eps": 1e-6} if kind == "layer_norm" else {})
+        call, _ = sample.call(torch.float32, device)
+        judge(functools.partial(getattr(ops, kind), backend="triton"), getattr(reference, kind), call, name=kind)
+
+
+def test_partial_sums_of_several_programs(device):
+    check_partial_sums(device)
+
+
 MUTANTS = [
     # module, the line's part, what it becomes, the kind of sample that shows it ("in place": check_in_place)
     ("rope", "pair < END_0", "pair <= END_0", "vision_rope"),
@@ -387,6 +405,10 @@ MUTANTS = [
     ("activation", "_load(x_ptr + F, t", "_load(x_ptr, t", "swiglu"),
     ("activation", "grad * gate * s, mask", "grad * s, mask", "swiglu"),
     ("activation", "grad_bias += grad", "grad_bias = grad", "gelu"),
+    ("sums", "range(0, R, BLOCK_R)", "range(0, BLOCK_R, BLOCK_R)", "sums"),
+    ("sums", "part * C + c", "c", "sums"),
+    ("sums", "PARTS * C)[:, None]", "C)[:, None]", "sums"),
+    ("offsets", "index.to(tl.int64) * stride", "index * stride", "offset"),
     ("gated", "_load(up_ptr, t, f, stride_up_t", "_load(up_ptr, t, f, stride_gate_t", "gated"),
     ("gated", "gate * (1.0 - s)", "gate * s", "gated"),
     ("gated", "grad * gate * s", "grad * s", "gated"),
@@ -427,6 +449,10 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
         altered.FILL, altered.SHARE = 1, 64
     if module == "norm":
         monkeypatch.setattr(importlib.import_module("qwen2vl_fast.kernels.merge"), "norm", altered)
+    for user in ("norm", "activation") if module == "sums" else ():
+        monkeypatch.setattr(importlib.import_module(f"qwen2vl_fast.kernels.{user}"), "sums", altered)
+    if module == "offsets":
+        monkeypatch.setitem(globals(), "offset", altered.offset)
     with pytest.raises(AssertionError):
         if kind == "in place":
             check_in_place(21, "cpu", torch.float16)
@@ -439,6 +465,10 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
                 check_gated(seed, torch.float32)
         elif kind == "every value":
             check_every_value("cpu", torch.float16)
+        elif kind == "sums":
+            check_partial_sums("cpu")
+        elif kind == "offset":
+            check_offset(2**31, "cpu")
         elif kind == "near zero":
             check_gelu_near_zero("cpu")
         elif kind == "resize":
@@ -452,13 +482,3 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
 def test_loss_by_blocks_of_words(dtype, device):
     for words in (1, 8, 49, 50):
         check_blocks(dtype, words, device, backend="triton")
-
-
-def test_partial_sums_of_several_programs(device):
-    """More rows than one program of a backward kernel takes."""
-    for kind, rows in (("layer_norm", 300), ("gelu", 50)):
-        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        shared = {"weight": x[0], "bias": x[1]} if kind == "layer_norm" else {"bias": x[1]}
-        sample = Sample(kind, [{"x": x}], shared, {"eps": 1e-6} if kind == "layer_norm" else {})
-        call, _ = sample.call(torch.float32, device)
-        judge(functools.partial(getattr(ops, kind), backend="triton"), getattr(reference, kind), call, name=kind)
