@@ -218,6 +218,18 @@ def test_views_that_no_kernel_reads_are_copied(extension):
     assert all(same_bits(g, expected[1][n]) for n, g in zip(leaves, grads, strict=True))
 
 
+@pytest.mark.parametrize("switch", [False, True])
+def test_who_chooses_the_way_to_dq(extension, monkeypatch, switch):
+    """Two passes for deterministic=True, dq added for False, else what torch's switch says; so for the tower's own op."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switch)
+    tensors, rest = sample([9])
+    for asked in (None, False, True):
+        evaluate(op, Call(tensors, {**rest, "deterministic": asked}), upstream_of((tensors["q"],), 0))
+        assert extension.launched[-1].startswith("queries" if asked or asked is None and switch else "round"), asked
+    with_gradient(vision_attention, torch.randn(112, 3, 2, 80).bfloat16(), pack("cpu"))
+    assert extension.launched[-1].startswith("queries" if switch else "round")
+
+
 def test_no_second_derivative(extension):
     tensors, rest = sample([9])
     leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
