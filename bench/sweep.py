@@ -114,6 +114,7 @@ FORWARD = {"TILE": (1024, 2048, 4096), "PER_WARP": (256, 512, 1024)}
 BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (512, 1024), "BACKWARD_STAGES": (1, 2),
             "PROGRAMS": (264, 528), "ROWS": (1, 4)}  # fmt: skip
 POINTWISE = {"BLOCK_T": (1, 2, 4), "BLOCK_F": (512, 1024, 2048), "NUM_WARPS": (4, 8)}
+GELU_BACKWARD = {"GELU_BACKWARD_T": (1, 2, 4), "BLOCK_F": (512, 1024), "NUM_WARPS": (4, 8), "CHUNKS": (64, 128, 256)}
 FAMILIES = {
     "vision_rope": Family(rope, ROTATION, rotation(16, 16, 80, 2)),
     "mrope_2B": Family(rope, ROTATION, rotation(12, 2, 128, 3)),
@@ -126,7 +127,7 @@ FAMILIES = {
     "quick_gelu_5120": Family(activation, POINTWISE, activated(5120, "quick_gelu")),
     "gelu_5120": Family(activation, POINTWISE, activated(5120, "gelu")),
     "swiglu_18944": Family(activation, POINTWISE, activated(18944, "swiglu")),
-    "gelu_5120_backward": Family(activation, POINTWISE | {"CHUNKS": (64, 256)}, activated(5120, "gelu", True)),
+    "gelu_5120_backward": Family(activation, GELU_BACKWARD, activated(5120, "gelu", True)),
     "gated_18944": Family(gated, POINTWISE, activated(18944, "gated")),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
     "patchify": Family(patchify, {"BLOCK_T": (8, 16, 32), "BLOCK_P": (16, 32, 64), "NUM_WARPS": (2, 4, 8)}, patches),

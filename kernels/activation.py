@@ -15,6 +15,7 @@ from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
 CHUNKS = 128  # of the rows in a backward pass with a bias: each leaves one row of partial sums
+GELU_BACKWARD_T = 2  # with a bias: by 4 its registers would leave no place for all 640 programs of 5120 columns at once
 
 
 @triton.jit
@@ -167,7 +168,8 @@ def launch_backward(
     if rows >= LIMIT or width >= LIMIT:
         refuse(max(rows, width))
     grad_x = torch.empty_like(given, memory_format=torch.contiguous_format)
-    per_chunk = BLOCK_T * (1 if bias is None else max(4, blocks_of(rows, BLOCK_T * CHUNKS)))
+    block_t = BLOCK_T if is_quick or bias is None else GELU_BACKWARD_T
+    per_chunk = block_t * (1 if bias is None else max(4, blocks_of(rows, block_t * CHUNKS)))
     chunks = blocks_of(rows, per_chunk)
     grad_bias = partial = None
     if bias is not None:
@@ -179,7 +181,7 @@ def launch_backward(
             _activation_backward_kernel, _blocks(chunks, width),
             (grad, x, x if bias is None else bias, grad_x, x if partial is None else partial),
             (rows, per_chunk), (grad.stride(0), x.stride(0)),
-            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta()}, NUM_WARPS,
+            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta(), "BLOCK_T": block_t}, NUM_WARPS,
         )  # fmt: skip
     if partial is not None:
         sums.launch(partial, [grad_bias])
