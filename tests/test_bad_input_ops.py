@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from qwen2vl_fast import ops, positions
+from qwen2vl_fast.ops.gated import gated
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +118,14 @@ def rows() -> Iterator[Bad]:
             broadcast, half = call(residual=f(1, 6)), call(residual=x.half())
             yield Bad(f"{op}: broadcast residual", broadcast, ValueError, r"residual: .*\[8, 6\], got shape \[1, 6\]")
             yield Bad(f"{op}: half residual", half, TypeError, "residual: expected the dtype of x")
+            away = call(residual=f(8, 6, device="meta"))
+            yield Bad(f"{op}: residual elsewhere", away, ValueError, "residual: expected the device of x, cpu, got meta")
     yield Bad("swiglu: odd", lambda: ops.swiglu(f(3, 7)), ValueError, r"gate_up: expected an even last dim .*shape \[3, 7\]")
+    for up, error, message in (
+        (f(3, 6, device="meta"), ValueError, "up: expected the device of gate, cpu, got meta"),
+        (f(3, 4), ValueError, r"up: expected gate's shape = \[3, 6\], got shape \[3, 4\]"),
+    ):
+        yield Bad(f"gated: up {up.device}", lambda up=up: gated(f(3, 6), up), error, message)
     yield Bad("swiglu: complex", lambda: ops.swiglu(f(3, 6).cfloat()), TypeError, "gate_up: expected float16.*complex64")
 
     def merge(x=x, weight=w, bias=w, **options):

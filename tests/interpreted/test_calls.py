@@ -10,8 +10,11 @@ from qwen2vl_fast import ops
 from qwen2vl_fast.kernels import activation, loss, norm, patchify, resize, rope
 from qwen2vl_fast.kernels import gated as gated_kernels
 from qwen2vl_fast.kernels.offsets import LIMIT
+from qwen2vl_fast.ops.backends import using
 from qwen2vl_fast.ops.gated import gated
 from tests.compare import same_bits
+from tests.compiled import recorded
+from tests.test_bad_input_ops import failures
 from tests.test_ops_registration import check_negated, check_trace
 from tests.test_ops_rope import check_places, check_saved_tensors
 
@@ -99,6 +102,16 @@ def test_opcheck(name, device):
         if function.name().endswith("rope"):
             arguments[3] = arguments[3].detach()  # the frequencies take no gradient
         torch.library.opcheck(function, tuple(arguments))
+
+
+def test_bad_input_starts_no_kernel():
+    """Every row of the table, with this backend where there is a kernel: the same typed errors, before any launch."""
+    with using("triton"), recorded() as launches:
+        found = failures()
+    assert found == [] and launches == []
+    with using("triton"), recorded() as launches:  # which it would see
+        ops.swiglu(torch.ones(2, 4))
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("count", [LIMIT, 2**31, 2**33])
