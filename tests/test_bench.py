@@ -347,6 +347,17 @@ def test_work_of_the_passes_by_hand():
     assert static_model.pass_seconds("merge", 1000, slow) == pytest.approx(2e-6 + 1000 * 7 * 1280 / (128 * 132 * 1e6))
 
 
+def test_the_static_model_has_the_registers_of_the_table():
+    """Both are written by commands; a kernel that changed needs both."""
+    held = json.loads((report.ROOT / "docs" / "registers.json").read_text())["kernels"]
+    rows = json.loads((report.ROOT / "bench" / "results" / "static_model.json").read_text())["rows"]
+    found = {row["kernel"]: row for row in rows if row["kind"] == "Triton"}
+    assert found.keys() == held.keys(), "run qwen2vl-fast bench static_model --save"
+    for name, row in found.items():
+        for arch, code in held[name].items():
+            assert row[arch]["registers"] == code["registers"], f"{name} {arch}: run qwen2vl-fast bench static_model --save"
+
+
 # ---- the report ----
 
 
