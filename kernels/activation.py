@@ -42,8 +42,8 @@ def _activate(z, IS_QUICK: tl.constexpr, IS_NARROW: tl.constexpr):
     if IS_QUICK:
         y = z * _sigmoid(1.702 * z)
     elif IS_NARROW:
-        a, m, e = _tail(z)
-        y = tl.maximum(z, 0.0) - a * (m * e)
+        _, m, e = _tail(z)
+        y = z * tl.where(z >= 0.0, 1.0 - m * e, m * e)
     else:
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     return y
