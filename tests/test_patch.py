@@ -319,7 +319,7 @@ def test_compile(hf):
     with torch.no_grad(), patched(hf) as report:
         expected = [forward(hf, x, use_cache=False).logits for x in (inputs, longer)]
         torch._dynamo.reset()
-        compiled = torch.compile(hf.model.language_model, backend="eager", dynamic=True)
+        compiled = torch.compile(hf.model.language_model, backend="eager", dynamic=True, fullgraph=True)
         hf.model.language_model, plain = compiled, hf.model.language_model
         calls = report.parts["swiglu"].calls
         try:

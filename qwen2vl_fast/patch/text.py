@@ -6,8 +6,8 @@ that they are. Shape letters: B batch, S length, H/Hk query/key heads, D head di
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         return original(self, x, position_ids)
     hook.part.ran()
     table = frequencies(self, hook.more["exact"]).to(x.device)
-    ids, library = position_ids.expand(3, x.shape[0], -1), MethodType(original, self)
+    ids, library = position_ids.expand(3, x.shape[0], -1), functools.partial(original, self)  # which dynamo can trace
     return Rotation(ids, table.view(torch.int32), float(self.attention_scaling), library)
 
 
