@@ -80,8 +80,9 @@ def raw_calls(device: str = "cpu") -> dict[str, list[tuple]]:
         "resize": [(frames, 56, 28), (frames, 28, 56)],
         "linear_cross_entropy": [(leaf(4, 6), leaf(5, 6), labels, -100)],
         "linear_cross_entropy_backward": [
-            (torch.ones_like(loss), hidden, words, labels, *statistics, -100, *wanted)
+            (torch.ones_like(loss), hidden, head, labels, *statistics, -100, *wanted)
             for wanted in ((True, True), (True, False), (False, True))
+            for head in (words, words.t().contiguous().t())
         ],
         "linear": [(leaf(3, 8), leaf(5, 8), leaf(5)), (leaf(2, 3, 8), leaf(5, 8), None)] if device == "cpu" else [],
     }

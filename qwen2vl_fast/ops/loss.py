@@ -120,7 +120,7 @@ def _loss_backward_impl(
     counted = labels != ignore_index
     factor = (grad / counted.sum()).masked_fill(~counted, 0)
     grad_hidden = torch.zeros(hidden.shape if wants_hidden else 0, dtype=top.dtype, device=hidden.device)
-    grad_weight = torch.empty_like(weight) if wants_weight else weight.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape if wants_weight else 0)
     slopes = _kernels().launch_slopes if backend == "triton" else _slopes
     for block in _blocks(hidden, weight):
         slope = slopes(hidden @ weight[block].t(), labels, block.start, top, log_total, factor)
