@@ -58,7 +58,7 @@ def launch(
     """Adds a block to the statistics of its rows.
 
     logits: [T, N], contiguous, of words first to first + N. labels: [T] int64. top, total, picked: [T], in the type that is
-    computed in; from -inf, 0 and anything on. picked keeps what it holds where the label is in no block.
+    computed in; from the lowest number, 0 and anything on. picked keeps what it holds where the label is in no block.
     """
     _start(_statistics_kernel, logits, labels, first, top, total, picked)
 

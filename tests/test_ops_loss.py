@@ -91,6 +91,27 @@ def test_words_of_rising_and_falling_logits(words, monkeypatch, device):
     judge(ops.linear_cross_entropy, reference.linear_cross_entropy, call)
 
 
+@pytest.mark.parametrize("words", [1, 2])
+def test_a_block_of_overflown_logits(words, monkeypatch, device):
+    """float16 makes -inf of -90000; a row whose first blocks hold nothing else has a loss and gradients all the same."""
+    hidden, labels = torch.tensor([[300.0], [1.0]], device=device).half(), torch.tensor([2, 3], device=device)
+    weight = torch.tensor([[-300.0], [-300.0], [0.01], [0.02]], device=device).half()
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", words * 4 * 2)
+
+    def torchs(hidden, weight, labels):
+        return torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels)
+
+    def steps(function):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        value = function(*leaves, labels)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    for backend in usable("linear_cross_entropy", device):
+        found = steps(functools.partial(ops.linear_cross_entropy, backend=backend))
+        for ours, theirs in zip(found, steps(torchs), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_second_derivative_is_refused(device):
     hidden, weight, labels = inputs(9, device=device)
     leaf = hidden.requires_grad_()

@@ -100,7 +100,8 @@ def _loss_impl(hidden, weight, labels, ignore_index, backend="torch"):
     """
     counted = labels != ignore_index
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    top = torch.full(labels.shape, -torch.inf, dtype=compute, device=hidden.device)
+    # Not from -inf: float16 overflows to that, and a block of nothing else would leave exp(-inf + inf).
+    top = torch.full(labels.shape, torch.finfo(compute).min, dtype=compute, device=hidden.device)
     total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)  # so it stays where a label on a device is no word
     add = _kernels().launch if backend == "triton" else _add_block
     for block in _blocks(hidden, weight):
