@@ -63,6 +63,13 @@ def test_views(dtype, device):
                 torch.testing.assert_close(got, plain)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_bias_with_strides(rows, device):
+    x, weight, bias = randn(rows, 16, device=device), randn(8, 16, seed=1, device=device), randn(8, 2, seed=2, device=device)
+    for view in (bias[:, 0], bias[0, :1].expand(8)):
+        torch.testing.assert_close(linear(x, weight, view), linear(x, weight) + view)
+
+
 @pytest.mark.parametrize("size", [(0, 16), (2, 0, 16)])
 def test_no_rows(size, device):
     x, weight, bias = (randn(*s, device=device).requires_grad_() for s in (size, (8, 16), (8,)))

@@ -42,6 +42,7 @@ def _linear_impl(x, weight, bias):
         width = x.shape[-1]
         if not x.numel() or _MKL and not _FEW * width < x.numel() < _MANY * width:
             return F.linear(x, weight, bias)
+        bias = bias if bias is None else bias.contiguous()  # it is read without its stride
         out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, width), weight, bias, "none", [], "")
         return out.view(*x.shape[:-1], weight.shape[0])
 
