@@ -112,6 +112,20 @@ def test_a_block_of_overflown_logits(words, monkeypatch, device):
             torch.testing.assert_close(ours, theirs)
 
 
+def test_autocast_changes_nothing(device):
+    """Products are in the dtype of hidden, also where the backward pass is under autocast or forward alone was."""
+    hidden, weight, labels = inputs(9, device=device)
+    for backend in usable("linear_cross_entropy", device):
+        found = []
+        for forward, backward in ((False, False), (True, True), (True, False)):
+            leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+            with torch.autocast(device, torch.bfloat16, enabled=forward):
+                value = ops.linear_cross_entropy(*leaves, labels, backend=backend)
+            with torch.autocast(device, torch.bfloat16, enabled=backward):
+                found.append((value.detach(), *torch.autograd.grad(value, leaves)))
+        assert all(same_bits(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
 def test_second_derivative_is_refused(device):
     hidden, weight, labels = inputs(9, device=device)
     leaf = hidden.requires_grad_()

@@ -104,8 +104,9 @@ def _loss_impl(hidden, weight, labels, ignore_index, backend="torch"):
     top = torch.full(labels.shape, torch.finfo(compute).min, dtype=compute, device=hidden.device)
     total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)  # so it stays where a label on a device is no word
     add = _kernels().launch if backend == "triton" else _add_block
-    for block in _blocks(hidden, weight):
-        add(hidden @ weight[block].t(), labels, block.start, top, total, picked)
+    with torch._C._DisableAutocast():
+        for block in _blocks(hidden, weight):
+            add(hidden @ weight[block].t(), labels, block.start, top, total, picked)
     log_total = total.log()
     costs = log_total - (picked - top)
     return costs.masked_fill(~counted, 0).sum() / counted.sum(), top, log_total
@@ -123,12 +124,13 @@ def _loss_backward_impl(
     grad_hidden = torch.zeros(hidden.shape if wants_hidden else 0, dtype=top.dtype, device=hidden.device)
     grad_weight = weight.new_empty(weight.shape if wants_weight else 0)
     slopes = _kernels().launch_slopes if backend == "triton" else _slopes
-    for block in _blocks(hidden, weight):
-        slope = slopes(hidden @ weight[block].t(), labels, block.start, top, log_total, factor)
-        if wants_hidden:
-            grad_hidden += slope @ weight[block]
-        if wants_weight:
-            torch.mm(slope.t(), hidden, out=grad_weight[block])
+    with torch._C._DisableAutocast():
+        for block in _blocks(hidden, weight):
+            slope = slopes(hidden @ weight[block].t(), labels, block.start, top, log_total, factor)
+            if wants_hidden:
+                grad_hidden += slope @ weight[block]
+            if wants_weight:
+                torch.mm(slope.t(), hidden, out=grad_weight[block])
     return grad_hidden.to(hidden.dtype), grad_weight
 
 
