@@ -112,6 +112,24 @@ def test_a_block_of_overflown_logits(words, monkeypatch, device):
             torch.testing.assert_close(ours, theirs)
 
 
+def test_a_label_that_is_no_word(device):
+    """On a device nothing looks at labels, and the loss is nan; so is that of the op that is called past the check here."""
+    hidden, weight, labels = inputs(9, device=device)
+    labels[4] = len(weight)
+    for backend in usable("linear_cross_entropy", device):
+        assert torch.ops.qwen2vl_fast.linear_cross_entropy(hidden, weight, labels, -100, backend)[0].isnan()
+
+
+def test_many_blocks_add_up_in_float32(monkeypatch, device):
+    """The gradient of hidden is a sum over blocks, in bfloat16 rounded once at the end."""
+    hidden, weight, labels = inputs(100, vocabulary=400, device=device, dtype=torch.bfloat16)
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 100)
+    for backend in usable("linear_cross_entropy", device):
+        function = functools.partial(ops.linear_cross_entropy, backend=backend)
+        call = Call({"hidden": hidden, "weight": weight}, {"labels": labels})
+        judge(function, reference.linear_cross_entropy, call)
+
+
 def test_autocast_changes_nothing(device):
     """Products are in the dtype of hidden, also where the backward pass is under autocast or forward alone was."""
     hidden, weight, labels = inputs(9, device=device)

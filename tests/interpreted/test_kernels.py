@@ -27,7 +27,7 @@ from tests.test_ops_every import (
     definition_of,
     sweep,
 )
-from tests.test_ops_loss import check_blocks
+from tests.test_ops_loss import check_blocks, inputs
 from tests.test_ops_patchify_merge import SIZES, check_resize
 
 KINDS = [kind for kind in SAMPLES if kind != "varlen_attention"]
@@ -486,3 +486,11 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
 def test_loss_by_blocks_of_words(dtype, device):
     for words in (1, 8, 49, 50):
         check_blocks(dtype, words, device, backend="triton")
+
+
+def test_loss_of_labels_with_strides(device):
+    """The kernels read them by their place."""
+    hidden, weight, labels = inputs(9, device=device)
+    strided = torch.stack((labels, labels.flip(0)), 1)[:, 0]
+    plain, other = (ops.linear_cross_entropy(hidden, weight, x, backend="triton") for x in (labels, strided))
+    assert same_bits(plain, other)
