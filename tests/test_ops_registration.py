@@ -151,6 +151,18 @@ def test_a_call_past_the_dispatcher_is_the_registered_op(name, grad, device):
             assert ours is None or ours.requires_grad == theirs.requires_grad, name
 
 
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_results_can_be_written_into(name, device):
+    """Autograd refuses that for a view which a function returned."""
+    direct = direct_calls()[name]
+    for arguments in raw_calls(device)[name]:
+        for call in (direct, direct.registered):
+            outputs = call(*copies(arguments, direct.registered._schema))
+            for x in [outputs] if isinstance(outputs, torch.Tensor) else list(outputs or ()):
+                if x.requires_grad:
+                    x.mul_(2)
+
+
 def test_who_has_to_see_an_op_sees_it():
     """Modes, subclasses of tensors, transforms and profilers; a plain call goes past the dispatcher."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -65,9 +65,10 @@ def _merge_rows_impl(x, weight, bias, grid_thw, eps, backend="torch"):
     if total != x.shape[0]:
         raise ValueError(f"grid_thw: holds {total} patches, but x has {x.shape[0]} rows")
     rows = raster_to_merge_order(grid).to(x.device)
-    if backend == "triton":
-        return _kernels().launch(x, weight, bias, rows, eps), rows
-    return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1]), rows
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # no view for autograd
+        if backend == "triton":
+            return _kernels().launch(x, weight, bias, rows, eps), rows
+        return F.layer_norm(x[rows], weight.shape, weight, bias, eps).view(-1, 4 * x.shape[1]), rows
 
 
 def _setup(ctx, inputs, output):

@@ -55,6 +55,11 @@ def test_compiles_without_breaks(name, device):
     assert 1 <= counter.frame_count == first
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_results_can_be_written_into(name, device):
+    OPS[name](torch.ones(8, 16, device=device, requires_grad=True)).mul_(2)
+
+
 @pytest.mark.parametrize("op", ["mrope_", "vision_rope_"])
 def test_in_place_is_seen_by_autograd_and_owns_its_memory(op, device):
     check_saved_tensors(op, "triton", device)
