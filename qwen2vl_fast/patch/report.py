@@ -50,8 +50,9 @@ class PatchReport:
     def verify(self, batch: Mapping[str, Any], *, repeats: int = 3) -> list[dict[str, Any]]:
         """Runs model(**batch) as it was, with each part alone and with all of them; prints and returns error and speed.
 
-        batch: what the model's forward takes. With labels the fused loss is compared too. A cache in it is copied for each
-            run; every run begins with the same state of the random generators, which are put back at the end.
+        batch: what the model's forward takes. With labels the fused loss is compared too. A cache in it, filled under
+            torch.no_grad(), is copied for each run; every run begins with the same state of the random generators, which are
+            put back at the end.
         error: max |patched - unpatched| / max |unpatched| of the logits (the loss; without a head the first floating output).
         speed: time unpatched / time patched, median of `repeats`. A part that needs another one is timed with it.
         Counters of the report go on counting.
