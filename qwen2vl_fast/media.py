@@ -35,7 +35,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # Rows normalised at a time: 128 rows of a still image are 300 KB of float32, so the passes over them stay in cache.
 _BLOCK = 128
 _BAND = 1024  # rows that a thread takes at a time, as whole lines of squares
-_SPLIT = 2**18  # pixels from which on the resize of a single image is dealt to threads
+_SPLIT = 2**20  # pixels from which on the resize of a single image is dealt to threads
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -191,6 +191,7 @@ def test_a_resize_dealt_to_threads_has_the_bits_of_one_call(monkeypatch):
 
 def test_a_large_image_alone_is_resized_by_all_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(media, "_SPLIT", 500 * 700)
     ranges, on_threads = [], media._on_threads
     monkeypatch.setattr(media, "_on_threads", lambda function, items: ranges.append(list(items)) or on_threads(function, items))
     image = Image.fromarray(noise(0, 500, 700, 3))
