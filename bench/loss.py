@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.passes import ALLOWED, COMPILED, device, dtype, random
 from bench.peers import OURS, Missing, load
-from bench.timing import ceilings, chosen, failed, keep, measure, parser, publish, say
+from bench.timing import ceilings, chosen, failed, keep, measure, parser, peak, publish, say
 from qwen2vl_fast import ops
 
 PEERS = ("torch", COMPILED, "Liger")
@@ -64,16 +64,6 @@ def step(function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels
 def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """|x - exact| / |exact| of the loss and of both gradients."""
     return [float((x.float() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
-
-
-def peak(run: Callable[[], Any]) -> int:
-    """Bytes above what was there before the call, its gradients among them."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def race(model: str, tokens: int, wanted: list[str], repeats: int, words: int = WORDS) -> dict[str, Any]:

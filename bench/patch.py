@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 import qwen2vl_fast
-from bench.timing import ceilings, keep, measure, parser, publish, say, speedup, taking_part, times
+from bench.timing import ceilings, keep, measure, parser, peak, publish, say, speedup, taking_part, times
 
 CASES = {
     "a": [(32, 32)],
@@ -184,11 +184,7 @@ def training(model: nn.Module, patched: nn.Module, options: argparse.Namespace) 
     peaks = {}
     for name, one in models.items() if cuda() else ():
         one.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(one)
-        peaks[name] = torch.cuda.max_memory_allocated() - before
+        peaks[name] = peak(lambda one=one: step(one))
     runs = {name: (lambda one=one: step(one)) for name, one in models.items()}
     runs = taking_part(options, runs, PEERS)
     seconds = measure(runs, repeats=options.repeats, device="cuda" if cuda() else "cpu", graph=False)

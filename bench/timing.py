@@ -277,6 +277,16 @@ def taking_part(options: argparse.Namespace, contenders: dict[str, Any], peers: 
     return {name: run for name, run in contenders.items() if name not in peers or name in wanted}
 
 
+def peak(run: Run) -> int:
+    """Bytes that a call on the current CUDA device has at most above what was there before it, what it returns among them."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def speedup(seconds: dict[str, dict[str, float]], theirs: str, ours: str) -> float | None:
     """Their median time over ours; None where they took no part."""
     return seconds[theirs]["median"] / seconds[ours]["median"] if theirs in seconds else None

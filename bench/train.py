@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import qwen2vl_fast
 from bench.patch import ALLOWED, IMAGE, TRAIN, batch, build, cuda, relative, twin
-from bench.timing import ceilings, chosen, measure, parser, publish, say
+from bench.timing import ceilings, chosen, measure, parser, peak, publish, say
 from qwen2vl_fast.ops.backends import unusable
 
 THEIRS, FLASH, PATCHED, OURS = "transformers sdpa", "transformers flash-attn", "transformers, patched", "qwen2vl_fast"
@@ -70,17 +69,6 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [next(p.grad for name, p in named if name.endswith(end)).clone() for end in JUDGED]
 
 
-def peak(run: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes above what was there before the step."""
-    model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def judged(
     model: nn.Module, inputs: dict[str, Tensor], wanted: list[str]
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, dict[str, Any]]]:
@@ -100,7 +88,8 @@ def judged(
             raise RuntimeError(f"{name}: loss {loss} against {exact[0]}, relative errors of the gradients {errors}")
         facts[name] = {"loss": loss, "gradient_errors": errors}
         if cuda():
-            facts[name]["peak_bytes"] = peak(run, models[name])
+            models[name].zero_grad(set_to_none=True)
+            facts[name]["peak_bytes"] = peak(run)
     if THEIRS not in wanted:
         del runs[THEIRS], facts[THEIRS]
     return runs, facts
