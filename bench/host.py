@@ -60,10 +60,10 @@ def no_kernels() -> Iterator[None]:
         (module("ops.rope"), "_check_values", nothing),
         (module("ops.linear"), "_ONEDNN", False),
         *((module(f"patch.{name}"), "project", lambda layer, x: layer(x)) for name in ("vision", "text")),
-        *((module(f"kernels.{name}"), "start", nothing) for name in ("activation", "gated", "norm", "rope", "sums")),
+        *((module(f"kernels.{name}"), "start", nothing) for name in ("activation", "gated", "loss", "norm", "rope", "sums")),
         *(
             (module(f"ops.{name}"), "choose", lambda op, backend, device, *rest: choose(op, backend, CUDA, *rest))
-            for name in ("norm", "rope", "activation", "gated", "merge", "attention")
+            for name in ("norm", "rope", "activation", "gated", "merge", "attention", "vision_attention", "loss")
         ),
     ]
     with ExitStack() as stack:

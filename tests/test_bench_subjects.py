@@ -235,6 +235,20 @@ def test_a_patched_model_whose_run_is_cut_short(tmp_path, narrow, monkeypatch):
     assert left["partial"] and [row["case"] for row in left["rows"]] == ["a"]
 
 
+def test_what_the_host_costs_is_the_path_of_a_device(monkeypatch):
+    """No pass of the torch backend runs where a kernel would start, in training neither."""
+
+    def refuse(*_):
+        raise AssertionError("a pass of the torch backend")
+
+    calls = host.model_calls()
+    for module, name in (("rope", "_rotate_into"), ("attention", "_plan"), ("loss", "_slopes"), ("checks", "row_blocks")):
+        monkeypatch.setattr(importlib.import_module(f"qwen2vl_fast.ops.{module}"), name, refuse)
+    with host.no_kernels():
+        for what in ("tower, training", "decoder, training"):
+            calls[what][1]["patched"]()
+
+
 def test_loss(tmp_path, capsys, monkeypatch):
     """Judged by float32 logits; a contender that computes something else is not timed, and ours ends the run."""
     monkeypatch.setattr(loss, "race", functools.partial(loss.race, words=320))
