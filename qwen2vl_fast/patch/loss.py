@@ -64,12 +64,11 @@ def _loss(
     if targets is None:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     hidden, weight = hidden.flatten(0, 1).to(self.lm_head.weight.device), self.lm_head.weight
-    kind = "cpu" if weight.is_meta else weight.device.type
     if autocast(weight):  # which the op, unlike lm_head, knows nothing of
-        hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     targets = targets.reshape(-1).to(weight.device)
-    with torch.autocast(kind, enabled=False):
-        mean = ops.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE, backend=backend)
+    mean = ops.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE, backend=backend)
     if num_items_in_batch is None:
         return mean
     count = (targets != IGNORE).sum()
