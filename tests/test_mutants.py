@@ -226,7 +226,7 @@ OPS_MUTANTS = [
     ("ops/attention.py", "gradients without keys are left as they were", "x.zero_()", "x.dim()",
      case("no keys")),
     ("ops/attention.py", "a log-sum-exp of 0", "lse.fill_(-math.inf)", "lse.zero_()", case("no keys")),
-    ("ops/attention.py", "not filled where some rows see no key", "covered == q.shape[0]", "True", case("no keys")),
+    ("ops/attention.py", "not filled where some rows see no key", "== q.shape[0]\n", "<= q.shape[0]\n", case("no keys")),
     ("ops/attention.py", "one head's gradient for its group", "part.unflatten(1, (-1, group)).sum(2)", "part[:, ::group]",
      case("one key head")),
     ("ops/attention.py", "a log-sum-exp in float64", "scale, causal)\n        return (o, lse.detach().float())",

@@ -219,22 +219,24 @@ def _plan(q, k, bounds, bounds_k, causal):
 def forward(q, k, v, bounds, bounds_k, scale, causal):
     """(o [T, H, D], lse [H, T] float32, or float64 for float64)."""
     group = q.shape[1] // k.shape[1]
-    plan = list(_plan(q, k, bounds, bounds_k, causal))
-    covered = sum(count * length for _, _, count, length, _, _ in plan)
-    out = lse = None
-    for start, start_k, count, length, length_k, mask in plan:
-        queries = _heads_first(q, start, count, length)
+
+    def attend(start, start_k, count, length, length_k, mask):
         keys, values = (_heads_first(x, start_k, count, length_k, group) for x in (k, v))
-        o, row_lse = _FORWARD[q.device.type == "cpu"](queries, keys, values, mask, scale)
-        row_lse = row_lse.transpose(0, 1).flatten(1)
-        if count * length == q.shape[0]:  # all rows at once: what the library wrote is the result
-            with torch._C._AutoDispatchBelowADInplaceOrView():  # no view for autograd
-                return o.transpose(1, 2).contiguous().view(q.shape), row_lse.contiguous()
-        if out is None:
-            out, lse = _outputs(q, covered == q.shape[0])
+        o, row_lse = _FORWARD[q.device.type == "cpu"](_heads_first(q, start, count, length), keys, values, mask, scale)
+        return o, row_lse.transpose(0, 1).flatten(1)
+
+    plan = list(_plan(q, k, bounds, bounds_k, causal))
+    covered = sum(count * length for _, _, count, length, _, _ in plan) == q.shape[0]
+    if covered and len(plan) == 1:  # all rows at once: what the library wrote is the result
+        o, row_lse = attend(*plan[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # no view for autograd
+            return o.transpose(1, 2).contiguous().view(q.shape), row_lse.contiguous()
+    out, lse = _outputs(q, covered)
+    for piece in plan:
+        start, _, count, length, _, _ = piece
+        o, lse[:, start : start + count * length] = attend(*piece)
         _heads_first(out, start, count, length).copy_(o)
-        lse[:, start : start + count * length] = row_lse
-    return (out, lse) if plan else _outputs(q, False)
+    return out, lse
 
 
 def _outputs(q: torch.Tensor, covered: bool) -> tuple[torch.Tensor, torch.Tensor]:
