@@ -56,7 +56,7 @@ VarlenAttention problem(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uint
 }
 
 void varlen_attention_backward(const VarlenAttention& problem, uintptr_t key_tiles, int key_tile_count, uintptr_t grad,
-                               uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t shift, uintptr_t delta, uintptr_t dq_sum,
+                               uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t shift, uintptr_t delta, uintptr_t dq_sum, uintptr_t turns,
                                const Pair& grad_strides, const Pair& dq_strides, const Pair& dk_strides, const Pair& dv_strides,
                                int rows, int key_rows, int device, uintptr_t stream) {
   VarlenAttentionBackward args = {};
@@ -70,6 +70,7 @@ void varlen_attention_backward(const VarlenAttention& problem, uintptr_t key_til
   args.shift = pointer<float*>(shift);
   args.delta = pointer<float*>(delta);
   args.dq_sum = pointer<float*>(dq_sum);
+  args.turns = pointer<int*>(turns);
   std::tie(args.grad_stride_t, args.grad_stride_h) = grad_strides;
   std::tie(args.dq_stride_t, args.dq_stride_h) = dq_strides;
   std::tie(args.dk_stride_t, args.dk_stride_h) = dk_strides;
@@ -117,10 +118,11 @@ PYBIND11_MODULE(_C, m) {
       "with the kernel's name for a CUDA error.",
       py::arg("problem"), py::arg("kernel"), py::arg("rows"), py::arg("device"), py::arg("stream"));
   m.def("varlen_attention_backward", &varlen_attention_backward,
-        "Writes dq, dk, dv; shift, delta float32 [H, T] and dq_sum float32 [T, H, D] are workspace. dq_sum = 0: the same bits in "
-        "every run. rows, key_rows: the block sizes of the two lists of tiles. Raises as varlen_attention_forward does.",
+        "Writes dq, dk, dv; shift, delta float32 [H, T], dq_sum float32 [T, H, D] and turns int32 [H, T] are workspace. dq_sum = 0 "
+        "(dq by a second pass) or turns not 0 (added in turn; never causal): the same bits in every run. rows, key_rows: the block "
+        "sizes of the two lists of tiles. Raises as varlen_attention_forward does.",
         py::arg("problem"), py::arg("key_tiles"), py::arg("key_tile_count"), py::arg("grad"), py::arg("dq"), py::arg("dk"),
-        py::arg("dv"), py::arg("shift"), py::arg("delta"), py::arg("dq_sum"), py::arg("grad_strides"), py::arg("dq_strides"),
+        py::arg("dv"), py::arg("shift"), py::arg("delta"), py::arg("dq_sum"), py::arg("turns"), py::arg("grad_strides"), py::arg("dq_strides"),
         py::arg("dk_strides"), py::arg("dv_strides"), py::arg("rows"), py::arg("key_rows"), py::arg("device"), py::arg("stream"));
   m.def("varlen_attention_tiles", &varlen_attention_tiles,
         "Writes the (T / rows + N) * heads tiles of these boundaries, int32 [N + 1] on the device; by_keys: the backward's "

@@ -6,7 +6,8 @@
 // RowSums prepares the two numbers that each query row needs. BackwardKeys owns a block of keys and goes through the queries
 // that see them: it computes the transposed scores, whose accumulators are at once the left operands of dv and dk. BackwardQueries
 // owns a block of queries and goes through their keys for dq: the same bits in every run, at the price of computing S and dP
-// twice. With ADD_DQ BackwardKeys adds dq itself, in float32 and in whatever order blocks come. docs/attention.md compares them.
+// twice. With ADD_DQ BackwardKeys adds dq itself, in float32: in whatever order blocks come, or IN_TURN, in an order that lengths
+// and the device alone decide, so that the bits are the same in every run. docs/attention.md compares them.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@
 
 namespace qwen2vl_fast {
 
-// Of each row of o and dO: sum(dO * o), and lse in units of log2. Clears the row of dq_sum, where there is one.
+// Of each row of o and dO: sum(dO * o), and lse in units of log2. Clears the row of dq_sum and its turns, where there are any.
 template <bool BF16, int D>
 struct RowSums {
   static constexpr int THREADS = 256;
@@ -59,6 +60,7 @@ struct RowSums {
         // A row without keys: with +inf its masked scores get the weight 0, with -inf they would get NaN.
         args.shift[place] = lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f;
         args.delta[place] = sum;
+        if (args.turns != nullptr) args.turns[place] = 0;
       }
       if (args.dq_sum != nullptr) {
         Words4* target = reinterpret_cast<Words4*>(args.dq_sum + index * D);
@@ -69,7 +71,7 @@ struct RowSums {
 };
 
 // dk and dv of one block of keys of one key head, over all query heads of its group.
-template <bool BF16, int D, int M_TILES, int STEP_, bool ADD_DQ>
+template <bool BF16, int D, int M_TILES, int STEP_, bool ADD_DQ, bool IN_TURN>
 struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   using Rows = RowsSm80<BF16, D, M_TILES, STEP_>;
   using typename Rows::Accumulator;
@@ -90,7 +92,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   static constexpr int SLOPE_ROW = 2 * STEP + 16;
   static constexpr int SLOPE_OFFSET = STAGE_OFFSET + STAGES * STAGE;
   static constexpr int SMEM = SLOPE_OFFSET + (ADD_DQ ? BLOCK * SLOPE_ROW : 0);
-  static_assert(2 * STEP <= THREADS && STAGE % 16 == 0 && (SLOPE_ROW / 16) % 2 == 1);
+  static_assert(2 * STEP <= THREADS && STAGE % 16 == 0 && (SLOPE_ROW / 16) % 2 == 1 && (ADD_DQ || !IN_TURN));
 
   // For dq the warps share a step's STEP rows and, where those are fewer than 64, the columns.
   static constexpr int DQ_ROW_WARPS = STEP / 16;
@@ -100,24 +102,61 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   // Of numbers that are not negative: unsigned division takes fewer registers.
   static DEV int quotient(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
 
+  // In turn: how many steps lie between the first steps of neighbouring blocks of a segment. Where its blocks are few enough to
+  // run all at once, they go around its steps one behind the other; 0: they all begin with the first, and none ever waits for a
+  // block behind it in the list, which may start late. docs/attention.md says why more than half are too many.
+  static DEV int spacing(const VarlenAttentionBackward& args, const Tile& tile, int all) {
+    return IN_TURN && tile.blocks <= args.resident / 2 ? quotient(all, tile.blocks) : 0;
+  }
+
   // Which queries a step takes: of query head `head`, rows first.. of the tile.
   struct Queries {
     int head, first;
+    int number;  // of the step among all, in the order of heads and rows
+    int space;
 
-    DEV Queries(const VarlenAttention& p, const Tile& tile, int step) {
-      const int steps = (tile.rows + STEP - 1) / STEP;
-      const int past = quotient(step, steps);
-      head = tile.head * quotient(p.H, p.Hk) + past;
-      first = (step - past * steps) * STEP;
+    DEV Queries(const VarlenAttentionBackward& args, const Tile& tile, int step) {
+      const int group = quotient(args.problem.H, args.problem.Hk), steps = (tile.rows + STEP - 1) / STEP;
+      space = spacing(args, tile, steps * group);
+      number = step + tile.block * space;
+      if (IN_TURN && number >= steps * group) number -= steps * group;
+      const int past = quotient(number, steps);
+      head = tile.head * group + past;
+      first = (number - past * steps) * STEP;
+    }
+
+    // In turn: how many blocks add to the step's dq before this one.
+    DEV int turn(const Tile& tile) const {
+      if (space == 0) return tile.block;
+      const int last = Rows::min_of(tile.blocks - 1, quotient(number, space));  // that comes here before it has begun anew
+      return last - tile.block + (tile.block <= last ? 0 : tile.blocks);
     }
   };
+
+  // In turn: where the blocks count that have added to a step's dq.
+  static DEV int* count_of(const VarlenAttentionBackward& args, const Tile& tile, const Queries& queries) {
+    return args.turns + static_cast<int64_t>(queries.head) * args.problem.T + tile.q_row + queries.first;
+  }
+
+  static DEV void wait_for_turn(const VarlenAttentionBackward& args, int index, int step) {
+    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Queries queries(args, tile, step);
+    wait_for(count_of(args, tile, queries), queries.turn(tile));
+  }
+
+  // By one thread, after all have added.
+  static DEV void pass_turn(const VarlenAttentionBackward& args, int index, int step) {
+    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Queries queries(args, tile, step);
+    publish(count_of(args, tile, queries), queries.turn(tile) + 1);
+  }
 
   // Starts a step's copies. Returns what this thread will put among the statistics: they come by registers, since their
   // addresses are multiples of 4 bytes only. Rows past the end have q = dO = 0 and any finite statistics, so they add nothing.
   static DEV float load_step(const VarlenAttentionBackward& args, int index, int step, uint32_t stage) {
     const VarlenAttention& p = args.problem;
     const Tile tile = args.key_tiles[not_foreseen(index)];
-    const Queries queries(p, tile, step);
+    const Queries queries(args, tile, step);
     const int64_t first = static_cast<int64_t>(tile.q_row) + queries.first;
     const int valid = tile.rows - queries.first;
     Rows::template load_rows<STEP>(stage, p.q, first, p.q_stride_t, queries.head * p.q_stride_h, valid);
@@ -134,15 +173,16 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   static DEV void mask(Step& s, const VarlenAttentionBackward& args, int index, int step) {
     const VarlenAttention& p = args.problem;
     const Tile tile = args.key_tiles[not_foreseen(index)];
-    const int first = Queries(p, tile, step).first + tile.diagonal;  // the last key that the step's first query sees
-    if (!(p.causal && first < BLOCK - 1) && !(ADD_DQ && tile.keys < BLOCK)) return;
+    const bool causal = !IN_TURN && p.causal;
+    const int first = causal ? Queries(args, tile, step).first + tile.diagonal : 0;  // the last key that the step's first query sees
+    if (!(causal && first < BLOCK - 1) && !(ADD_DQ && tile.keys < BLOCK)) return;
     const int thread = not_foreseen(thread_index()), lane = thread % 32;
 #pragma unroll
     for (int n = 0; n < Rows::STEP_TILES; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int seen = first + n * 8 + lane % 4 * 2 + e;
-        const int last = p.causal ? Rows::min_of(seen, tile.keys - 1) : tile.keys - 1;
+        const int last = causal ? Rows::min_of(seen, tile.keys - 1) : tile.keys - 1;
         const int end = last - thread / 32 * 16 * M_TILES - lane / 4;
 #pragma unroll
         for (int i = 0; i < M_TILES; ++i) {
@@ -253,7 +293,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
         mma_16x8x16<BF16>(sum[2 * n + 1], left, right[2], right[3]);
       }
     }
-    const Queries queries(p, tile, step);
+    const Queries queries(args, tile, step);
     const int first = queries.first + row + lane / 4;
     float* target = args.dq_sum + ((static_cast<int64_t>(tile.q_row) + first) * p.H + queries.head) * D + pair * 16 + lane % 4 * 2;
 #pragma unroll
@@ -304,6 +344,8 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
       if (ADD_DQ || p.causal) mask(weight, args, index, step);
       weights(weight, p.scale * 1.44269504088896341f, stage);
       Rows::accumulate(dv, weight, stage + STEP * ROW);
+      // Late enough for the last step's additions to have arrived, so that nothing waits for them; by a warp with less of dq.
+      if (IN_TURN && step > 0 && thread == THREADS - 1) pass_turn(args, index, step - 1);
       // With dq beside it the registers suffice if delta needs none after the product; without dq they suffice if it comes then.
       if constexpr (ADD_DQ) {
         begin_slopes(slope, stage);
@@ -315,11 +357,13 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
       if constexpr (ADD_DQ) share_slopes(slope, memory + SLOPE_OFFSET);
       Rows::accumulate(dk, slope, stage);
       if constexpr (ADD_DQ) {
+        if (IN_TURN && thread == THREADS - 33) wait_for_turn(args, index, step);
         barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it
         add_dq(args, index, step, memory + SLOPE_OFFSET, keys);
       }
     }
     if constexpr (ADD_DQ) barrier();  // all warps are done with the keys, over which dk is written
+    if (IN_TURN && steps > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps - 1);
     const Tile end = args.key_tiles[not_foreseen(index)];
     Rows::write(args.dk, end.k_row, args.dk_stride_t, end.head * args.dk_stride_h, end.keys, dk, p.scale, keys);
     Rows::write(args.dv, end.k_row, args.dv_stride_t, end.head * args.dv_stride_h, end.keys, dv, 1.0f, values);

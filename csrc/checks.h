@@ -46,6 +46,7 @@ inline void check_problem(const VarlenAttentionBackward& args) {
   require(args.key_tile_count >= 0, "key_tile_count: expected no negative number");
   require(args.key_tile_count == 0 || args.key_tiles != nullptr, "key_tiles: null pointer");
   require(p.T == 0 || (args.shift != nullptr && args.delta != nullptr), "shift, delta: null pointer");
+  require(args.turns == nullptr || (args.dq_sum != nullptr && !p.causal), "turns: expected dq_sum, and no causal mask");
 }
 
 inline int64_t tile_slots(const TileList& list) {

@@ -48,19 +48,21 @@ void select_backward_round(const VarlenAttention& p, Start start) {
 // The rows of a step are what the registers of M_TILES blocks of 16 rows leave room for.
 template <class Start>
 void select_backward_keys(const VarlenAttentionBackward& args, int key_rows, Start start) {
-  const bool add_dq = args.dq_sum != nullptr;
-  by_type_and_dim(args.problem, [&](auto bf16, auto dim) {
-    constexpr bool BF16 = decltype(bf16)::value;
-    constexpr int D = decltype(dim)::value;
-    constexpr int STEP = D <= 80 ? 64 : 32;
-    if (key_rows == 64 && add_dq) return start(BackwardKeys<BF16, D, 1, STEP, true>{});
-    if (key_rows == 64) return start(BackwardKeys<BF16, D, 1, STEP, false>{});
-    if constexpr (D <= 80) {
-      if (key_rows == 128 && add_dq) return start(BackwardKeys<BF16, D, 2, 32, true>{});
-      if (key_rows == 128) return start(BackwardKeys<BF16, D, 2, 32, false>{});
-    }
-    throw std::invalid_argument("key_rows: expected 64, or 128 up to D = 80, got " + std::to_string(key_rows));
-  });
+  const auto by_way = [&](auto add_dq, auto in_turn) {
+    constexpr bool ADD_DQ = decltype(add_dq)::value, IN_TURN = decltype(in_turn)::value;
+    by_type_and_dim(args.problem, [&](auto bf16, auto dim) {
+      constexpr bool BF16 = decltype(bf16)::value;
+      constexpr int D = decltype(dim)::value;
+      if (key_rows == 64) return start(BackwardKeys<BF16, D, 1, D <= 80 ? 64 : 32, ADD_DQ, IN_TURN>{});
+      if constexpr (D <= 80) {
+        if (key_rows == 128) return start(BackwardKeys<BF16, D, 2, 32, ADD_DQ, IN_TURN>{});
+      }
+      throw std::invalid_argument("key_rows: expected 64, or 128 up to D = 80, got " + std::to_string(key_rows));
+    });
+  };
+  if (args.dq_sum == nullptr) return by_way(std::false_type{}, std::false_type{});
+  if (args.turns == nullptr) return by_way(std::true_type{}, std::false_type{});
+  by_way(std::true_type{}, std::true_type{});
 }
 
 template <class Start>

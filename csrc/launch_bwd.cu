@@ -23,7 +23,15 @@ void backward(const VarlenAttentionBackward& args, int rows, int key_rows, int d
     constexpr int ROWS = decltype(found)::ROWS;
     start(found, "varlen_attention_backward_row_sums", (count + ROWS - 1) / ROWS);
   });
-  select_backward_keys(args, key_rows, [&](auto found) { start(found, "varlen_attention_backward_keys", args.key_tile_count); });
+  select_backward_keys(args, key_rows, [&](auto found) {
+    using Kernel = decltype(found);
+    constexpr const char* NAME = "varlen_attention_backward_keys";
+    if (args.turns == nullptr) return start(found, NAME, args.key_tile_count);
+    if (args.key_tile_count == 0) return;
+    VarlenAttentionBackward told = args;
+    told.resident = resident_blocks<Kernel, VarlenAttentionBackward>(NAME, device);
+    launch<Kernel>(NAME, told, args.key_tile_count, device, stream, true);
+  });
   if (add_dq) {
     select_backward_round(p, [&](auto found) {
       constexpr int THREADS = decltype(found)::THREADS;

@@ -192,6 +192,29 @@ DEV void add_global(float* to, float x, float y) {
 #endif
 }
 
+// Between blocks, through global memory: what was done before one thread's publish (by other threads: before a barrier that it
+// passed), another thread may build on after a wait that it ended.
+
+DEV void publish(int* place, int value) {
+#ifdef __CUDACC__
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(place), "r"(value) : "memory");
+#else
+  host::publish(place, value);
+#endif
+}
+
+// Until `place` holds at least `value`.
+DEV void wait_for(const int* place, int value) {
+#ifdef __CUDACC__
+  int found;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(place) : "memory");
+  } while (found < value);
+#else
+  host::wait_for(place, value);
+#endif
+}
+
 // Four 8x8 matrices of 16-bit elements. Lane 8i + r names the 16 bytes of row r of matrix i; afterwards x[i] holds, in lane l,
 // elements 2(l%4) and 2(l%4) + 1 of row l/4 of matrix i.
 DEV void load_matrices(uint32_t (&x)[4], uint32_t row) {

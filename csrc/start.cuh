@@ -29,11 +29,13 @@ int resident_blocks(const std::string& name, int device) {
   return blocks * processors;
 }
 
+// together: all blocks run at once, so that one may wait for another; the device refuses what it can't promise.
 template <class Kernel, class Args>
-void launch(const std::string& name, const Args& args, int64_t blocks, int device, void* stream) {
+void launch(const std::string& name, const Args& args, int64_t blocks, int device, void* stream, bool together = false) {
   const int count = static_cast<int>(std::min<int64_t>(blocks, resident_blocks<Kernel, Args>(name, device)));
-  entry<Kernel, Args><<<count, Kernel::THREADS, Kernel::SMEM, static_cast<cudaStream_t>(stream)>>>(args);
-  check(cudaGetLastError(), name);
+  void* parameters[] = {const_cast<Args*>(&args)};
+  const auto start = together ? cudaLaunchCooperativeKernel<void(Args)> : cudaLaunchKernel<void(Args)>;
+  check(start(entry<Kernel, Args>, count, Kernel::THREADS, parameters, Kernel::SMEM, static_cast<cudaStream_t>(stream)), name);
 }
 
 }  // namespace qwen2vl_fast

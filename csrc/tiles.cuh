@@ -54,6 +54,8 @@ struct BuildTiles {
       found.rows = queries - unseeing;
       found.k_row = start_k + first;
       found.keys = block;
+      found.block = first / args.rows;
+      found.blocks = (keys + args.rows - 1) / args.rows;
       found.diagonal = unseeing + (keys - queries) - first;
     } else {
       found.q_row = start + first;

@@ -16,7 +16,8 @@ struct Tile {
   int keys;      // keys of the segment that some row of the block sees; 0: o = 0, lse = -inf
   int head;      // query head
   int diagonal;  // causal: row i of the block sees the segment's keys j <= i + diagonal (may be negative); else unused
-  int unused[2];
+  int block;     // of key_tiles: its number among the blocks of its segment and head, and how many they are
+  int blocks;
 };
 static_assert(sizeof(Tile) == 32, "Python writes tiles as rows of eight int32");
 
@@ -41,7 +42,7 @@ struct VarlenAttention {
 struct VarlenAttentionBackward {
   VarlenAttention problem;  // as in the forward, o and lse as it wrote them; tiles in blocks of the kernel for dq
   // Tiles by keys: keys k_row.. (`keys` of them) of key head `head`, and the query rows q_row.. (`rows`) that see any of them;
-  // causal: row i sees the block's keys j <= i + diagonal.
+  // causal: row i sees the block's keys j <= i + diagonal. With `turns` the blocks of a head of a segment stand together, rising.
   const Tile* key_tiles;
   int key_tile_count;
   const void* grad;  // dO [T, H, D]
@@ -51,6 +52,8 @@ struct VarlenAttentionBackward {
   float* shift;      // [H, T], workspace: lse in units of log2
   float* delta;      // [H, T], workspace: sum(dO * o)
   float* dq_sum;     // [T, H, D], workspace; null: dq by a second pass, bit for bit the same in every run
+  int* turns;        // [H, T], workspace; null: blocks of keys add to dq_sum in whatever order they come, else in a fixed one
+  int resident;      // with `turns`: blocks of the device that are sure to run at once; the launch sets it
   int64_t grad_stride_t, grad_stride_h;
   int64_t dq_stride_t, dq_stride_h;
   int64_t dk_stride_t, dk_stride_h;

@@ -331,11 +331,11 @@ def attention_key_tiles(cu_seqlens: torch.Tensor, heads_k: int, rows: int, causa
     """The backward's list of work by blocks of keys, [M, 8] int32: key_tiles of csrc/varlen_attention.h. Ordered as
     attention_tiles orders; under a causal mask the first block is seen by the most queries.
     """
-    start, length, head, block, _ = _blocks(cu_seqlens, heads_k, rows)
+    start, length, head, block, blocks = _blocks(cu_seqlens, heads_k, rows)
     first = block * rows
     unseeing = first if causal else torch.zeros_like(first)
     columns = (start + unseeing, length - unseeing, start + first, (length - first).clamp(max=rows), head, unseeing - first)
-    return torch.stack((*columns, torch.zeros_like(first), torch.zeros_like(first)), 1).int()
+    return torch.stack((*columns, block, blocks), 1).int()
 
 
 def _blocks(cu_seqlens: torch.Tensor, heads: int, rows: int) -> tuple[torch.Tensor, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 from bench.attention import CASES
 from bench.static_model import DEVICES
 from qwen2vl_fast.positions import backward_rows, backward_steps
+from tests import turns
 from tests.host import build
 from tests.test_package import cuobjdump
 
@@ -46,11 +47,13 @@ PEER = {"mma": 240, "ldmatrix": 108, "copy 16": 6, "ex2": 32, "loop": 1034}
 # What takes part in the backward at head dim 80, by its way to dq: each takes 4096 pairs of a query and a key a turn.
 BACKWARD = {
     "dq added": ("BackwardKeys<bf16, 80, 2, 32, add dq>",),
+    "in turn": ("BackwardKeys<bf16, 80, 2, 32, in turn>",),
     "two passes": ("BackwardKeys<bf16, 80, 2, 32, two passes>", "BackwardQueries<bf16, 80, 2, 32>"),
 }
 SIZES = {64: "1, 64", 128: "2, 32"}  # rows of a block -> the same kernels by their names
 DEVICE_CODE = {"A100": "sm_80", "H100": "sm_90a"}
-WORDS = {"bf16": "true", "fp16": "false", "add dq": "true", "two passes": "false"}  # of a kernel's name, in C++
+# Of a kernel's name, in C++.
+WORDS = {"bf16": "true", "fp16": "false", "add dq": "true, false", "two passes": "false, false", "in turn": "true, true"}
 FAMILIES = r"(ForwardSm80|BackwardKeys|BackwardQueries|RowSums|RoundDq|BuildTiles)"
 
 
@@ -63,7 +66,9 @@ def kernel_name(mangled: str) -> str | None:
     if not values:
         return found[1]
     words = ["bf16" if values[0][1] == "1" else "fp16"]
-    words += [("add dq" if v == "1" else "two passes") if kind == "b" else v for kind, v in values[1:]]
+    words += [value for kind, value in values[1:] if kind == "i"]
+    if ways := [value == "1" for kind, value in values[1:] if kind == "b"]:  # ADD_DQ, IN_TURN
+        words.append("in turn" if ways[1] else "add dq" if ways[0] else "two passes")
     return f"{found[1]}<{', '.join(words)}>"
 
 
@@ -202,8 +207,9 @@ def shared_clocks(rows: dict[str, Any], arch: str, way: str, size: int, dim: int
 
 
 def blocks(rows: dict[str, Any]) -> str:
-    """Microseconds of the backward's large kernels by the rows of their blocks, and the rows that are taken, as a table."""
-    columns = [f"{device}: {way}, {size}" for device in DEVICE_CODE for way in BACKWARD for size in SIZES]
+    """Microseconds of the backward's large kernel by the rows of their blocks, and the rows that are taken, as a table."""
+    ways = ("dq added", "in turn")  # two passes are for causal masks, and here nothing is causal
+    columns = [f"{device}: {way}, {size}" for device in DEVICE_CODE for way in ways for size in SIZES]
     columns[4:4], columns[9:] = ["taken"], ["taken"]
     lines = [f"| | {' | '.join(columns)} |", f"| --- {'| --: ' * len(columns)}|"]
     for case, lengths in (CASES | {"600 x 64": 600 * (64,)}).items():
@@ -211,19 +217,35 @@ def blocks(rows: dict[str, Any]) -> str:
         for device, arch in DEVICE_CODE.items():
             model = DEVICES[device]
             steps = {size: backward_steps(lengths, 16, size, model.multiprocessors, False) for size in SIZES}
-            times = [steps[size] * shared_clocks(rows, arch, way, size) / model.clock for way in BACKWARD for size in SIZES]
+            times = [steps[size] * shared_clocks(rows, arch, way, size) / model.clock for way in ways for size in SIZES]
             values += [f"{1e6 * time:.0f}" for time in times]
             values.append(str(backward_rows(lengths, 16, 80, model.multiprocessors, False)))
         lines.append(f"| {f'({case})' if case in CASES else case} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
+def waits() -> str:
+    """How many times as long the steps of the backward in turn take as if nobody waited, as a table."""
+    cases = {name: lengths for name, lengths in CASES.items() if name != "h"}  # too many steps for every run of the tests
+    lines = [f"| seen after | device | {' | '.join(f'({name})' for name in cases)} |", f"| --- | --- {'| --: ' * len(cases)}|"]
+    for late in (1.0, 1.5):
+        for device in DEVICE_CODE:
+            processors, values = DEVICES[device].multiprocessors, []
+            for lengths in cases.values():
+                size = backward_rows(lengths, 16, 80, processors, False)
+                arguments = (lengths, 16, size, {64: 64, 128: 32}[size], 2 * processors)
+                values.append(f"{turns.steps(*arguments, late) / turns.steps(*arguments, None):.2f}")
+            lines.append(f"| {late} steps | {device} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
 def document(text: str, rows: dict[str, Any]) -> str:
     """The text of docs/attention.md with the tables between their marks."""
-    for name, write in (("machine code", readable), ("blocks", blocks), ("backward", predicted)):
+    tables = {"machine code": readable(rows), "blocks": blocks(rows), "backward": predicted(rows), "turns": waits()}
+    for name, lines in tables.items():
         start = f"<!-- {name} -->\n"
         before, _, rest = text.partition(start)
-        text = before + start + write(rows) + END + rest.partition(END)[2]
+        text = before + start + lines + END + rest.partition(END)[2]
     return text
 
 

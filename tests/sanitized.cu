@@ -24,11 +24,12 @@ T* device_memory(size_t count) {
 }
 
 template <class Kernel, class Args>
-void start(const char* name, const Args& args, int blocks) {
+void start(const char* name, Args args, int blocks, bool together = false) {
   auto* kernel = &entry<Kernel, Args>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SMEM), name);
-  entry<Kernel, Args><<<blocks, Kernel::THREADS, Kernel::SMEM>>>(args);
-  check(cudaGetLastError(), name);
+  void* parameters[] = {&args};
+  const auto launch = together ? cudaLaunchCooperativeKernel<void(Args)> : cudaLaunchKernel<void(Args)>;
+  check(launch(kernel, blocks, Kernel::THREADS, parameters, Kernel::SMEM, nullptr), name);
   check(cudaDeviceSynchronize(), name);
 }
 
@@ -87,16 +88,24 @@ int main() {
   args.dq_sum = device_memory<float>(ones.size());
   start<ForwardSm80<true, D, 1>>("forward", p, 3);
   start<RowSums<true, D>>("row sums", args, 3);
-  start<BackwardKeys<true, D, 1, 64, true>>("keys", args, 3);
+  start<BackwardKeys<true, D, 1, 64, true, false>>("keys", args, 3);
   start<RoundDq<true, D>>("round", args, 3);
   start<BackwardQueries<true, D, 1, 64>>("queries", args, 3);
   p.tiles = tiles(cu, 4, T, H, 128, false, p.tile_count);
   args.key_tiles = tiles(cu, 4, T, H, 128, true, args.key_tile_count);
   start<RowSums<true, D>>("row sums", args, 3);
-  start<BackwardKeys<true, D, 2, 32, true>>("keys, 128 rows", args, 3);
+  start<BackwardKeys<true, D, 2, 32, true, false>>("keys, 128 rows", args, 3);
   start<RoundDq<true, D>>("round", args, 3);
+  args.turns = device_memory<int>(H * T);
+  for (int resident : {12, 3}) {  // around the steps, and one block behind the other
+    args.resident = resident;
+    start<RowSums<true, D>>("row sums", args, 3);
+    start<BackwardKeys<true, D, 2, 32, true, true>>("keys, in turn", args, 3, true);
+    start<RoundDq<true, D>>("round", args, 3);
+  }
+  args.turns = nullptr;
   args.dq_sum = nullptr;
-  start<BackwardKeys<true, D, 2, 32, false>>("keys, two passes", args, 3);
+  start<BackwardKeys<true, D, 2, 32, false, false>>("keys, two passes", args, 3);
   start<BackwardQueries<true, D, 2, 32>>("queries, 128 rows", args, 3);
   std::printf("done\n");
   return 0;

@@ -8,6 +8,7 @@ import pytest
 
 from qwen2vl_fast import positions
 from qwen2vl_fast.ops.backends import extension_error
+from tests import turns
 from tests.compiled_cuda import (
     DEVICE_CODE,
     DOCUMENT,
@@ -18,6 +19,7 @@ from tests.compiled_cuda import (
     main_loop,
     shared_clocks,
     table,
+    waits,
 )
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"{extension_error()}; test_package judges that")
@@ -78,6 +80,25 @@ def test_the_backward_is_predicted_to_lead():
         assert found["FlashAttention-2"]["all"] >= 1.1 * found["dq added"]["all"]
 
 
+def test_turns_are_predicted_to_cost_little():
+    """At most 12 % of the mode that adds as blocks come: by the largest unit, by the sum of all, and by that and the waits."""
+    rows = json.loads(TABLE.read_text())
+    for arch in DEVICE_CODE.values():
+        found = backward_clocks(rows, arch)
+        assert found["in turn"]["all"] <= 1.12 * found["dq added"]["all"]
+        for size in (64, 128):
+            assert shared_clocks(rows, arch, "in turn", size) <= 1.12 * shared_clocks(rows, arch, "dq added", size)
+    slower = max(shared_clocks(rows, a, "in turn", 128) / shared_clocks(rows, a, "dq added", 128) for a in DEVICE_CODE.values())
+    lines = [line.split("|")[3:-1] for line in waits().splitlines() if line.startswith("| 1.0")]
+    assert len(lines) == 2 and all(slower * float(value) <= 1.12 for line in lines for value in line)
+
+
+def test_what_waiting_costs():
+    """By hand: two blocks of 128 keys, 8 steps; one block behind the other where half of the device is less."""
+    for resident, late, expected in ((4, None, 8), (4, 1.0, 8), (4, 5.0, 9), (3, None, 8), (3, 1.0, 9), (3, 2.0, 10)):
+        assert turns.steps([256], 1, 128, 32, resident, late) == expected, (resident, late)
+
+
 def test_the_price_of_small_blocks():
     """What positions.backward_rows chooses by is the mean of both devices and head dims where dq is added, and near each; what
     that choice loses with two passes."""
@@ -101,7 +122,7 @@ def test_products_are_those_that_the_algorithm_needs():
         _, dim, m_tiles, *rest = words.split(", ")
         step = int(rest[0]) if rest else (64 if int(dim) <= 80 else 32)
         products = PRODUCTS[family] * int(m_tiles) * step * int(dim) // 128
-        if rest[1:] == ["add dq"]:
+        if rest[1:] in (["add dq"], ["in turn"]):
             column_warps = 64 // step  # of the four; they share D / 16 pairs of columns, and some compute one that is none
             products += 4 * int(m_tiles) * 2 * -(-int(dim) // (16 * column_warps))
         for arch, row in archs.items():

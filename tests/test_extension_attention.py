@@ -154,7 +154,7 @@ def test_the_boundary_checks_without_a_device(name):
 def backward(of, **changed) -> None:
     from qwen2vl_fast import _C
 
-    pointers = dict.fromkeys(("key_tiles", "grad", "dq", "dk", "dv", "shift", "delta", "dq_sum"), 4096)
+    pointers = dict.fromkeys(("key_tiles", "grad", "dq", "dk", "dv", "shift", "delta", "dq_sum", "turns"), 4096)
     strides = {f"{n}_strides": (320, 80) for n in ("grad", "dq", "dk", "dv")}
     rest = {"key_tile_count": 1, "rows": 64, "key_rows": 64, "device": 0, "stream": 0}
     _C.varlen_attention_backward(of, **{**pointers, **strides, **rest, **changed})
@@ -177,6 +177,9 @@ def test_more_checks_of_the_boundary():
         backward(problem(), shift=0)
     with pytest.raises(ValueError, match="key_tiles: null pointer"):
         backward(problem(), key_tiles=0)
+    for changed in ({"causal": True}, {}):
+        with pytest.raises(ValueError, match="turns: expected dq_sum, and no causal mask"):
+            backward(problem(**changed), dq_sum=0 if not changed else 4096)
     with pytest.raises(ValueError, match="bounds, bounds_k, tiles: null pointer"):
         _C.varlen_attention_tiles(0, 4096, 4096, 1, 8, 8, 2, 64, False, False, 0, 0)
     with pytest.raises(ValueError, match="at least one head and one row"):
@@ -311,13 +314,13 @@ def test_isolation(causal, kernel, blocks):
 @pytest.mark.parametrize("causal", [False, True])
 def test_block_sizes_change_no_bit(dim, causal, monkeypatch):
     """What the lengths choose, here 64 and 128 with a schedule, and what is taken without one: the same gradients, but for dq
-    where it is added."""
+    where it is added. (In turn, deterministic and not causal, they differ.)"""
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     for lengths, rows in ([64] * 600, 64), ([1024] * 16 + [9, 300, 129], 128):
         assert positions.backward_rows(lengths, 16, dim, processors, False) == rows
         tensors, rest = packed(lengths, heads=16, heads_k=16, dim=dim, causal=causal)
         upstream = upstream_of((tensors["q"],), 0)
-        for deterministic in (True, False):
+        for deterministic in (True, False) if causal else (False,):
             found = []
             for size in (None, 64, 128):
                 with monkeypatch.context() as patch:
@@ -347,6 +350,35 @@ def test_no_races(dim, kernel, blocks):
         gradients = functools.partial(torch.autograd.grad, o, same, torch.ones_like(o), retain_graph=True)
         expected = gradients()
         assert all(all(map(torch.equal, expected, gradients())) for _ in range(1000))
+
+
+@pytest.mark.gpu
+def test_turns_of_a_segment_with_more_blocks_than_run_at_once(blocks):
+    """There blocks follow one another instead of going around; the gradients are those of dq added as blocks come."""
+    tensors, rest = packed([330 * blocks, 300], heads=2, heads_k=1)
+    leaves = [x.detach().requires_grad_() for x in tensors.values()]
+    found = []
+    for deterministic in (False, *[True] * 20):
+        o = op(**dict(zip("qkv", leaves, strict=True)), **rest, deterministic=deterministic)
+        found.append(torch.autograd.grad(o, leaves, torch.ones_like(o)))
+    assert all(all(map(torch.equal, found[1], x)) for x in found[2:])
+    for x, y in zip(found[0], found[1], strict=True):
+        assert (x.double() - y.double()).norm() < 3e-3 * x.double().norm()
+
+
+@pytest.mark.gpu
+def test_turns_on_two_streams(blocks):
+    """Launches whose blocks wait for one another, side by side: neither keeps the other's from starting for ever."""
+    tensors, rest = packed([4096, 1000, 77], heads=16, heads_k=16)
+    leaves = [x.detach().requires_grad_() for x in tensors.values()]
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for turn in range(100):
+        with torch.cuda.stream(streams[turn % 2]):
+            o = op(**dict(zip("qkv", leaves, strict=True)), **rest, deterministic=True)
+            found.append(torch.autograd.grad(o, leaves, torch.ones_like(o)))
+    torch.cuda.synchronize()
+    assert all(all(map(torch.equal, found[0], x)) for x in found[1:])
 
 
 @pytest.mark.gpu

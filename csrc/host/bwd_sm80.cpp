@@ -17,5 +17,6 @@ HOST_ENTRY int backward_sm80(const VarlenAttentionBackward* args, const char* ke
     if (std::strcmp(kernel, "round") == 0) return select_backward_round(args->problem, start);
     throw std::invalid_argument("kernel: expected row_sums, keys, queries or round");
   };
-  return host::run_selected(*run, select, [&](auto found) { return host::run_kernel<decltype(found)>(*args, *run); });
+  const bool together = args->turns != nullptr && std::strcmp(kernel, "keys") == 0;
+  return host::run_selected(*run, select, [&](auto found) { return host::run_kernel<decltype(found)>(*args, *run, together); });
 }

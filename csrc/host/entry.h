@@ -28,7 +28,7 @@ inline int finish(const Run& run, const std::string& error) {
 }
 
 template <class Kernel, class Args>
-int run_kernel(const Args& args, const Run& run) {
+int run_kernel(const Args& args, const Run& run, bool together = false) {
   Launch launch;
   launch.grid = run.grid;
   launch.threads = Kernel::THREADS;
@@ -36,6 +36,7 @@ int run_kernel(const Args& args, const Run& run) {
   launch.resident = Kernel::BLOCKS;
   launch.seed = run.seed;
   launch.races = run.races != 0;
+  launch.together = together;
   return finish(run, run_grid([](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }, &args, launch));
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <unordered_map>
 
 #include "runtime.h"
 
@@ -169,7 +170,81 @@ void load_shared(void* to, uint32_t from, int size) {
   std::memcpy(to, touch(from, size, Access::load, block.current->index), size);
 }
 
-void add_global(float* to, float x) { *to += x; }
+// Between blocks. Of blocks that run together it is known who may build on what: a clock knows the threads of all of them.
+
+namespace {
+
+struct Addition {
+  int block, thread;
+  uint32_t time;
+};
+
+std::unordered_map<const float*, Addition> additions;                   // the last one to each place
+std::unordered_map<const int*, std::vector<uint32_t>> published;        // [blocks, threads]: what was known to who published
+
+uint32_t* foreign_clock(int thread, int other) { return clock_of(thread) + block.foreign + other * block.launch.threads; }
+
+}  // namespace
+
+void forget_global_memory() {
+  additions.clear();
+  published.clear();
+}
+
+void add_global(float* to, float x) {
+  if (block.launch.together && block.launch.races) {
+    const int self = block.current->index;
+    const auto [found, first] = additions.try_emplace(to, Addition{block.index, self, clock_of(self)[self]});
+    Addition& last = found->second;
+    if (!first) {
+      const uint32_t* known = last.block == block.index ? clock_of(self) : foreign_clock(self, last.block);
+      if (known[last.thread] < last.time) {
+        fail("race: an addition to global memory is not ordered after that by block %d thread %d", last.block, last.thread);
+      }
+      last = Addition{block.index, self, clock_of(self)[self]};
+    }
+  }
+  *to += x;
+}
+
+void publish(int* place, int value) {
+  *place = value;
+  if (!block.launch.together || !block.launch.races) return;
+  const int self = block.current->index, threads = block.launch.threads;
+  std::vector<uint32_t>& clock = published[place];
+  clock.assign(foreign_clock(self, 0), foreign_clock(self, block.launch.grid));
+  std::copy_n(clock_of(self), threads, clock.begin() + block.index * threads);
+  ++clock_of(self)[self];
+}
+
+void wait_for(const int* place, int value) {
+  Thread& self = *block.current;
+  if (*place < value) {
+    self.place = place;
+    block.watching.push_back(self.index);
+    wait_in("wait_for", value);
+  }
+  if (!block.launch.together || !block.launch.races) return;
+  const auto found = published.find(place);
+  if (found == published.end()) return;
+  uint32_t* known = foreign_clock(self.index, 0);
+  for (size_t i = 0; i < found->second.size(); ++i) known[i] = std::max(known[i], found->second[i]);
+}
+
+bool wake_watching() {
+  bool woke = false;
+  const std::vector<int> watching = std::move(block.watching);
+  block.watching.clear();
+  for (int thread : watching) {
+    if (*block.threads[thread].place < block.threads[thread].detail) {
+      block.watching.push_back(thread);
+    } else {
+      wake(thread);
+      woke = true;
+    }
+  }
+  return woke;
+}
 
 // cp.async.
 

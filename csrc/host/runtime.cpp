@@ -56,6 +56,7 @@ namespace {
 
 constexpr size_t STACK = 256 * 1024, GUARD = 4096;
 
+uint64_t random_state;
 void* scheduler_stack_pointer;
 void (*kernel_body)(const void*);
 const void* kernel_args;
@@ -70,6 +71,7 @@ size_t scheduler_size;
 // Stacks with a page below each that faults, kept for the life of the process.
 unsigned char* stack_of(int thread) {
   static std::vector<unsigned char*> stacks;
+  if (block.launch.together) thread += block.index * block.launch.threads;
   while (static_cast<int>(stacks.size()) <= thread) {
     void* memory = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, GUARD, PROT_NONE) != 0) throw std::bad_alloc();
@@ -205,7 +207,6 @@ int pick() {
 }
 
 void start_block(const Launch& launch, int index) {
-  const uint64_t random = block.random;
   block.launch = launch;
   block.index = index;
   block.current = nullptr;
@@ -213,8 +214,8 @@ void start_block(const Launch& launch, int index) {
   block.mbarriers.clear();
   block.loads.clear();
   block.runnable.clear();
+  block.watching.clear();
   block.next = 0;
-  block.random = random;
   block.slow_steps = 0;
   const int warps = launch.threads / LANES;
   block.threads.assign(launch.threads, Thread());
@@ -228,7 +229,8 @@ void start_block(const Launch& launch, int index) {
   const int words = (launch.shared_bytes + 3) / 4;
   block.memory.assign(words, POISON);
   if (launch.races) {
-    block.components = launch.threads + 2 * warps + 32;
+    block.foreign = launch.threads + 2 * warps + 32;
+    block.components = block.foreign + (launch.together ? launch.grid * launch.threads : 0);
     block.clocks.assign(static_cast<size_t>(launch.threads) * block.components, 0);
     block.shadow.assign(words, Shadow());
     block.reads.assign(static_cast<size_t>(words) * 3 * warps, 0);
@@ -244,21 +246,55 @@ void start_block(const Launch& launch, int index) {
   }
 }
 
-void run_block() {
-  for (;;) {
+enum class Ended { done, waiting, interrupted };  // waiting: for other blocks, without whom no thread can go on
+
+// Until the block has ended, or its threads were entered so many times.
+Ended run_block(int64_t entries = INT64_MAX) {
+  while (entries-- > 0) {
     if (block.launch.seed != 0 && !block.loads.empty() && random_below(32) == 0) land_load();
     const int next = pick();
     if (next < 0) {
-      if (land_load()) continue;  // in order, a copy lands when nothing else can happen
-      break;
+      if (land_load() || wake_watching()) continue;  // in order, a copy lands when nothing else can happen
+      if (!block.watching.empty()) return Ended::waiting;
+      for (const Thread& thread : block.threads) {
+        if (!thread.done) fail("deadlock in block %d:%s", block.index, where_threads_wait().c_str());
+      }
+      check_end_of_block();
+      return Ended::done;
     }
     enter(block.threads[next]);
+    if (!error.empty()) return Ended::done;
+  }
+  return Ended::interrupted;
+}
+
+void run_one_by_one(const Launch& launch, const std::vector<int>& order) {
+  for (int index : order) {
+    start_block(launch, index);
+    if (run_block() == Ended::waiting) fail("deadlock: block %d waits for another:%s", index, where_threads_wait().c_str());
     if (!error.empty()) return;
   }
-  for (const Thread& thread : block.threads) {
-    if (!thread.done) fail("deadlock in block %d:%s", block.index, where_threads_wait().c_str());
+}
+
+// One block goes on until its threads all wait for others, or, shuffled, for a while of any length.
+void run_together(const Launch& launch, const std::vector<int>& order) {
+  std::vector<Block> blocks(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    start_block(launch, order[i]);
+    std::swap(block, blocks[i]);
   }
-  check_end_of_block();
+  size_t at = 0, idle = 0;  // idle: blocks in a row that could not go on
+  while (!blocks.empty()) {
+    at = idle > 0 || launch.seed == 0 ? (at + 1) % blocks.size() : random_below(blocks.size());
+    std::swap(block, blocks[at]);
+    const bool goes_on = wake_watching() || block.next < block.runnable.size() || !block.loads.empty();
+    const Ended ended = run_block(launch.seed == 0 ? INT64_MAX : int64_t{1} << random_below(20));
+    if (!error.empty()) return;
+    idle = goes_on ? 0 : idle + 1;
+    if (idle == blocks.size()) fail("deadlock: block %d and all others wait:%s", block.index, where_threads_wait().c_str());
+    std::swap(block, blocks[at]);
+    if (ended == Ended::done) blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(at));
+  }
 }
 
 }  // namespace
@@ -268,18 +304,15 @@ std::string run_grid(void (*body)(const void*), const void* args, const Launch& 
   kernel_body = body;
   kernel_args = args;
   error.clear();
-  block.random = launch.seed * 0x9e3779b97f4a7c15u + 1;
+  forget_global_memory();
+  random_state = launch.seed * 0x9e3779b97f4a7c15u + 1;
   std::vector<int> order(launch.grid);
   for (int i = 0; i < launch.grid; ++i) order[i] = i;
   if (launch.seed != 0) {
     for (int i = launch.grid - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
   }
   try {
-    for (int index : order) {
-      start_block(launch, index);
-      run_block();
-      if (!error.empty()) break;
-    }
+    launch.together ? run_together(launch, order) : run_one_by_one(launch, order);
   } catch (const std::exception& problem) {
     error = problem.what();
   }
@@ -287,7 +320,7 @@ std::string run_grid(void (*body)(const void*), const void* args, const Launch& 
 }
 
 uint64_t random_number() {  // splitmix64
-  uint64_t x = block.random += 0x9e3779b97f4a7c15u;
+  uint64_t x = random_state += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);

@@ -21,9 +21,10 @@ struct Launch {
   int resident = 1;    // blocks of a multiprocessor, which share its registers
   uint64_t seed = 0;   // 0: in order; else threads, blocks and asynchronous copies take a random order
   bool races = true;   // vector clocks over shared memory
+  bool together = false;  // all blocks run at once and may wait for each other; else one after another
 };
 
-// Runs body(args) in every thread of every block, a block at a time. Returns what went wrong, or an empty string.
+// Runs body(args) in every thread of every block. Returns what went wrong, or an empty string.
 std::string run_grid(void (*body)(const void*), const void* args, const Launch& launch);
 
 struct Copy {
@@ -46,6 +47,7 @@ struct Thread {
   bool done = false;
   const char* waits = nullptr;  // operation that it waits in; null: it can run
   int64_t detail = 0;
+  const int* place = nullptr;  // with `waits` in wait_for: until it holds at least `detail`
   std::vector<Copy> copies;     // cp.async under way, oldest first
   int committed = 0;            // groups
   std::vector<uint32_t> proxy_fences;  // own times of its fence_proxy_async, rising
@@ -120,20 +122,21 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<int> runnable;
+  std::vector<int> watching;  // threads in wait_for
   size_t next = 0;  // in order: runnable is a queue that starts here
   Thread* current = nullptr;
   std::map<int, Barrier> barriers;
   std::map<uint32_t, Mbarrier> mbarriers;
   std::vector<Tma> loads;
   int free_registers = 0;
-  uint64_t random = 0;
   int slow_warp = -1, slow_steps = 0;
 
   uint32_t base = 0;             // address of shared memory
   std::vector<uint32_t> memory;  // words
   // Vector clocks: components are threads, then each warp's warpgroup products, then its loads of matrices, then mbarriers (what
-  // TMA writes).
+  // TMA writes), then, of blocks that run together, the threads of all.
   int components = 0;
+  int foreign = 0;  // the first of the last kind
   std::vector<uint32_t> clocks;  // [threads, components]
   std::vector<Shadow> shadow;    // a word
   std::vector<uint32_t> reads;   // [words, 3 * warps]: time of a warp's last load, of its products', of its matrices'
@@ -186,6 +189,9 @@ bool mbarrier_try(uint32_t barrier, uint32_t parity);
 void mark_mbarrier(uint32_t address);  // its 8 bytes are for mbarrier operations alone
 bool land_load();            // completes one TMA load; false if none is under way
 void check_end_of_block();   // things that must not be left over
+
+bool wake_watching();         // those threads in wait_for whose value has come; false if there are none
+void forget_global_memory();  // of the last launch
 
 float to_float(uint16_t x, bool bf16);
 uint16_t from_float(float x, bool bf16);

@@ -40,6 +40,8 @@ void copy_async_wait(int pending);
 void store_shared(uint32_t to, const void* from, int size);
 void load_shared(void* to, uint32_t from, int size);
 void add_global(float* to, float x);
+void publish(int* place, int value);         // seen by wait_for in other blocks, with all that this thread knows of
+void wait_for(const int* place, int value);  // until it holds at least that
 
 void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed);                            // warp
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);  // warp

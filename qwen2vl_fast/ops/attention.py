@@ -43,8 +43,9 @@ def varlen_attention(
         max_seqlen, max_seqlen_k: longest segment, when the caller knows it; else read from cu_seqlens where a backend needs it.
         scale: None = D^-0.5.
         causal: bottom-right aligned causal mask.
-        deterministic: bit-equal gradients; None = torch.are_deterministic_algorithms_enabled(). torch's own variable-length
-            attention (backend torch on a CUDA device) knows that switch alone, and True without it is RuntimeError.
+        deterministic: bit-equal gradients in every run of the same pack; None = torch.are_deterministic_algorithms_enabled().
+            torch's own variable-length attention (backend torch on a CUDA device) knows that switch alone, and True without
+            it is RuntimeError.
         schedule: positions.attention_schedule(...) of the queries' segments, built once for all layers. The cuda backend uses
             its list of work where heads, mask, keys and device are those it was made for, and else builds one on the device.
         return_lse: also return the log-sum-exp.

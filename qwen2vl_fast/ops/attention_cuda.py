@@ -104,14 +104,16 @@ def backward(
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv into `grads`, whose rows start at multiples of 16 bytes; a list that is None is built on the device.
 
-    rows: of the lists' blocks; 0, where there is none, is chosen as for equal lengths, since the host knows no others. Either
-    size gives dk and dv, and dq of two passes, the same bits.
+    rows: of the lists' blocks; 0, where there is none, is chosen as for equal lengths, since the host knows no others.
+    deterministic: dq is added in turn or, under a causal mask, where most blocks would wait for others, by a second pass; else
+    as blocks come. In turn the size of blocks may change bits; else it changes none but dq's as blocks come.
     """
     from .. import _C
 
     grad, q, k, v, o = map(_readable, (grad, q, k, v, o))
     workspace = lse.new_empty((2, *lse.shape))
-    dq_sum = None if deterministic else lse.new_empty(q.shape)
+    dq_sum = None if deterministic and causal else lse.new_empty(q.shape)
+    turns = torch.empty_like(lse, dtype=torch.int32) if deterministic and not causal else None
     lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
     if not rows:
         count = max(bounds.numel() - 1, 1)
@@ -127,7 +129,7 @@ def backward(
     _C.varlen_attention_backward(
         _problem(q, k, v, o, lse, query_tiles, scale, causal), key_tiles.data_ptr(), key_tiles.shape[0],
         *(x.data_ptr() for x in (grad, *grads)), workspace[0].data_ptr(), workspace[1].data_ptr(),
-        0 if dq_sum is None else dq_sum.data_ptr(), *map(_strides, (grad, *grads)), rows, rows, *_place(q),
+        *(0 if x is None else x.data_ptr() for x in (dq_sum, turns)), *map(_strides, (grad, *grads)), rows, rows, *_place(q),
     )  # fmt: skip
 
 

@@ -14,13 +14,22 @@ from tests.compare import guard
 from tests.host import build
 from tests.host.runner import VarlenAttention, call, load, tiles
 
+WAYS = ("two passes", "added", "in turn")  # to dq
+UNTAKEN = 77  # in a workspace of turns before it is cleared
+
+
+def ways(causal: bool) -> tuple[str, ...]:
+    """Under a causal mask there are no turns."""
+    return WAYS[:2] if causal else WAYS
+
 
 class VarlenAttentionBackward(ctypes.Structure):
     """csrc/varlen_attention.h"""
 
     _fields_ = [
         ("problem", VarlenAttention), ("key_tiles", ctypes.c_void_p), ("key_tile_count", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "shift", "delta", "dq_sum")),
+        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "shift", "delta", "dq_sum", "turns")),
+        ("resident", ctypes.c_int),
         *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("grad", "dq", "dk", "dv") for axis in "th"),
     ]  # fmt: skip
 
@@ -29,26 +38,31 @@ def key_tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int
     """The list of work by keys, re-derived from csrc/varlen_attention.h's description."""
     found, q_row, k_row = [], 0, 0
     for length, key_count in zip(lengths, keys, strict=True):
+        own = []
         for first in range(0, key_count, rows):
             count = min(rows, key_count - first)
             seeing = [i for i in range(length) if not causal or i + key_count - length >= first]
             start = seeing[0] if seeing else length
             diagonal = start + key_count - length - first
-            found += [[q_row + start, length - start, k_row + first, count, head, diagonal, 0, 0] for head in range(heads)]
+            place = first // rows, -(-key_count // rows)
+            own += [[q_row + start, length - start, k_row + first, count, diagonal, *place]]
+        found += [[*tile[:4], head, *tile[4:]] for head in range(heads) for tile in own]
         q_row, k_row = q_row + length, k_row + key_count
     return torch.tensor(found, dtype=torch.int32).reshape(-1, 8)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A differentiable op of the two kernels' libraries. rows: of the forward's blocks; add_dq: not deterministic.
+    """A differentiable op of the two kernels' libraries. rows: of the forward's blocks; way: to dq, one of WAYS.
 
-    The backward's blocks have 64 rows, and 128 where `rows` is 128 and there is such a kernel.
+    The backward's blocks have 64 rows, and 128 where `rows` is 128 and there is such a kernel. resident: in turn, the blocks
+    that run at once.
     """
 
     rows: int = 64
-    add_dq: bool = False
+    way: str = "two passes"
     grid: int = 3
+    resident: int = 8
     seed: int = 0
     races: bool = True
     shuffled: bool = False  # tiles in another order
@@ -75,8 +89,8 @@ class Attention:
         """Of blocks of queries and of keys."""
         return (128, 128) if self.rows == 128 and dim <= 80 else (64, 64)
 
-    def launch(self, function, *arguments) -> None:
-        call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
+    def launch(self, function, *arguments, grid: int | None = None) -> None:
+        call(function, *arguments, grid=self.grid if grid is None else grid, seed=self.seed, races=self.races)
 
     def ordered(self, work: Tensor) -> Tensor:
         if not self.shuffled:
@@ -105,8 +119,11 @@ class _Function(torch.autograd.Function):
         nan = functools.partial(torch.full, fill_value=torch.nan)
         outputs = [guard(nan(x.shape, dtype=x.dtype), strided=True) for x in (q, k, v)]
         workspace = [guard(nan(lse.shape), strided=False) for _ in range(2)]
-        if op.add_dq:
+        if op.way != "two passes":
             workspace.append(guard(nan(q.shape), strided=False))
+        if op.way == "in turn":
+            assert not (causal or op.shuffled)
+            workspace.append(guard(torch.full(lse.shape, UNTAKEN, dtype=torch.int32), strided=False))
         rows, key_rows = op.backward_rows(q.shape[2])
         work = op.ordered(tiles(lengths, keys, q.shape[1], rows, causal))
         by_keys = op.ordered(key_tiles(lengths, keys, k.shape[1], key_rows, causal))
@@ -114,15 +131,18 @@ class _Function(torch.autograd.Function):
         args = VarlenAttentionBackward(
             problem=op.problem(q, k, v, o, lse, work, scale, causal), key_tiles=by_keys.data_ptr(), key_tile_count=len(by_keys),
             **{name: x.data_ptr() for name, x in views.items()},
-            **{n: x.view.data_ptr() for n, x in zip(("shift", "delta", "dq_sum"), workspace, strict=False)},
+            **{n: x.view.data_ptr() for n, x in zip(("shift", "delta", "dq_sum", "turns"), workspace, strict=False)},
+            resident=op.resident,
             **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
         )  # fmt: skip
         function = load(_library("bwd_sm80", op.csrc)).backward_sm80
-        for kernel in ("row_sums", "keys", "round" if op.add_dq else "queries"):
-            op.launch(function, ctypes.byref(args), kernel.encode(), key_rows if kernel == "keys" else rows)
+        op.launch(function, ctypes.byref(args), b"row_sums", rows)
+        grid = min(op.resident, len(by_keys)) if op.way == "in turn" else None
+        op.launch(function, ctypes.byref(args), b"keys", key_rows, grid=grid)
+        op.launch(function, ctypes.byref(args), b"queries" if op.way == "two passes" else b"round", rows)
         results = [x.view.clone() for x in outputs]
         for guarded in (*outputs, *workspace):
-            guarded.view.fill_(torch.nan)
+            guarded.view.fill_(torch.nan if guarded.view.is_floating_point() else UNTAKEN)
             guarded.check("output")
         return *results, None, None, None, None, None
 

@@ -58,6 +58,7 @@ class Extension:
     launched: list[str] = field(default_factory=list)
     blocks: list[tuple[int, int]] = field(default_factory=list)
     grid: int = 3
+    resident: int = 8  # blocks that run at once, where they wait for one another
     seed: int = 0
     races: bool = False
 
@@ -77,28 +78,32 @@ class Extension:
         self._launch(f"forward {kernel} {rows}", function, ctypes.byref(problem), rows)
 
     def varlen_attention_backward(
-        self, problem, key_tiles, key_tile_count, grad, dq, dk, dv, shift, delta, dq_sum, grad_strides, dq_strides, dk_strides,
-        dv_strides, rows, key_rows, device, stream,
+        self, problem, key_tiles, key_tile_count, grad, dq, dk, dv, shift, delta, dq_sum, turns, grad_strides, dq_strides,
+        dk_strides, dv_strides, rows, key_rows, device, stream,
     ):  # fmt: skip
         args = VarlenAttentionBackward(
             problem=problem, key_tiles=key_tiles, key_tile_count=key_tile_count, grad=grad, dq=dq, dk=dk, dv=dv, shift=shift,
-            delta=delta, dq_sum=dq_sum or None, **_strides(GRADS, (grad_strides, dq_strides, dk_strides, dv_strides)),
+            delta=delta, dq_sum=dq_sum or None, turns=turns or None, resident=self.resident,
+            **_strides(GRADS, (grad_strides, dq_strides, dk_strides, dv_strides)),
         )  # fmt: skip
         function = load(build.library("bwd_sm80")).backward_sm80
         self.blocks.append((key_rows, _largest(key_tiles, key_tile_count, 3)))
         self.blocks.append((rows, _largest(problem.tiles, problem.tile_count, 1)))
         for kernel in ("row_sums", "keys", "round" if dq_sum else "queries"):  # as in csrc/launch_bwd.cu
             size = {"keys": key_rows, "queries": rows}.get(kernel)
+            in_turn = turns and kernel == "keys"
             name = f"{kernel} {size}" if size else kernel
-            self._launch(name, function, ctypes.byref(args), kernel.encode(), size or rows)
+            name += " in turn" if in_turn else ""
+            grid = min(self.resident, key_tile_count) if in_turn else None
+            self._launch(name, function, ctypes.byref(args), kernel.encode(), size or rows, grid=grid)
 
     def varlen_attention_tiles(self, bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys, device, stream):
         arguments = TileList(bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys)
         name = f"tiles {rows}{' by keys' if by_keys else ''}"
         self._launch(name, load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments))
 
-    def _launch(self, name: str, function, *arguments) -> None:
-        call(function, *arguments, grid=self.grid, seed=self.seed, races=self.races)
+    def _launch(self, name: str, function, *arguments, grid: int | None = None) -> None:
+        call(function, *arguments, grid=self.grid if grid is None else grid, seed=self.seed, races=self.races)
         self.launched.append(name)
 
 

@@ -12,6 +12,7 @@ struct Arguments {
   int right;
   const float* data;  // [4096]
   float* out;         // [256]
+  int* count;         // 0
   TensorMap map;
 };
 
@@ -110,6 +111,9 @@ struct Faults {
         give_registers<64>();
         right ? give_registers<56>() : give_registers<240>();
         break;
+      case 31: case 32: case 33: case 34:
+        turns(args);
+        return;
       default: host::fail("no such fault");
     }
     args.out[thread] = x;
@@ -144,6 +148,20 @@ struct Faults {
       if (fault != 20 && lane == 0) mbarrier_arrive(empty);
     }
     args.out[thread] = x;
+  }
+
+  // Two blocks add to the same places, the second after the first.
+  static void turns(const Arguments& args) {
+    const int thread = thread_index();
+    const int fault = args.right ? 0 : args.fault;
+    if (block_index() == 1) {
+      if (thread == 0 && fault != 31) wait_for(args.count, 1);
+      if (fault != 34) barrier();
+    }
+    if (block_index() == 0 && fault == 32 && thread == 40) publish(args.count, 1);
+    if (thread < 128) add_global(args.out + 2 * thread, args.data[thread], args.data[thread]);
+    barrier();
+    if (block_index() == 0 && fault != 32 && fault != 33 && thread == 40) publish(args.count, 1);
   }
 
   // Products of rows that threads stored themselves.
@@ -181,5 +199,5 @@ HOST_ENTRY int misuse(Arguments* args, const host::Run* run) {
   const int64_t sizes[3] = {16, 128, 1}, strides[2] = {32, 32};
   const int box[3] = {16, 64, 1};
   if (const char* refused = host::encode_tensor_map(args->map, args->data, 3, sizes, strides, box, 32)) return host::finish(*run, refused);
-  return host::run_kernel<Faults>(*args, *run);
+  return host::run_kernel<Faults>(*args, *run, run->grid > 1);
 }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from tests.compare import evaluate
-from tests.host.backward import Attention, VarlenAttentionBackward, key_tiles
+from tests.host.backward import UNTAKEN, Attention, VarlenAttentionBackward, key_tiles
 from tests.host.cases import Case
 from tests.host.extension import TileList
 from tests.host.runner import VarlenAttention, packed_bounds, tiles
@@ -103,12 +103,14 @@ def sanitized_backward(program: Path, folder: Path, op: Attention, case: Case) -
     buffers["key_tiles"] = key_tiles(lengths, keys, case.heads_k, key_rows, case.causal)
     buffers |= {f"d{n}": torch.full_like(x, torch.nan) for n, x in tensors.items()}
     buffers |= {n: torch.full_like(lse, torch.nan) for n in ("shift", "delta")}
-    if op.add_dq:
+    if op.way != "two passes":
         buffers["dq_sum"] = torch.full(o.shape, torch.nan)
+    if op.way == "in turn":
+        buffers["turns"] = torch.full(lse.shape, UNTAKEN, dtype=torch.int32)
     problem = op.problem(*tensors.values(), o, lse, buffers["tiles"], case.dim**-0.5, case.causal)
     strided = {f"{n}_stride_{a}": buffers[n].stride(i) for n in ("grad", "dq", "dk", "dv") for i, a in enumerate("th")}
-    args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), **strided)
-    launches = [("row_sums", 1), ("keys", key_rows), ("round", 1) if op.add_dq else ("queries", rows)]
+    args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), resident=GRID, **strided)
+    launches = [("row_sums", 1), ("keys", key_rows), ("queries", rows) if op.way == "two passes" else ("round", 1)]
     found = sanitized(program, folder, args, buffers, launches, op.seed)
     return {n: found[f"d{n}"] for n in "qkv"}, expected
 
@@ -122,4 +124,4 @@ def sanitized_tiles(program: Path, folder: Path, case: Case, rows: int, by_keys:
                     causal=case.causal, by_keys=by_keys)  # fmt: skip
     buffers = {"bounds": bounds, "bounds_k": bounds_k, "tiles": found}
     done = sanitized(program, folder, args, buffers, [("build_tiles", rows)])["tiles"]
-    return [tile[:6] for tile in done.tolist() if tile[3 if by_keys else 1] > 0]
+    return [tile for tile in done.tolist() if tile[3 if by_keys else 1] > 0]

@@ -13,7 +13,7 @@ from qwen2vl_fast import ops, reference
 from tests.compare import Call, evaluate, same_bits
 from tests.host import build
 from tests.host import extension as host
-from tests.host.backward import Attention, VarlenAttentionBackward, key_tiles
+from tests.host.backward import UNTAKEN, WAYS, Attention, VarlenAttentionBackward, key_tiles
 from tests.host.cases import BF16, FP16, Case, check_rule
 from tests.host.extension import TileList
 from tests.host.runner import HostError, Kernel, call, load, packed_bounds, tiles
@@ -60,16 +60,18 @@ def test_offsets_beyond_2_31(axis):
         found = [o.clone(), lse]
         grads = {name: output() for name in ("dq", "dk", "dv")}
         workspace = [torch.full(size, torch.nan) for size in (lse.shape, lse.shape, shape)]
+        turns = torch.full(lse.shape, UNTAKEN, dtype=torch.int32)
         views = {"grad": grad, **grads}
-        for add_dq in (False, True):
+        for way in WAYS:
             args = VarlenAttentionBackward(
                 problem=problem, key_tiles=by_keys.data_ptr(), key_tile_count=len(by_keys),
                 **{name: x.data_ptr() for name, x in views.items()},
                 shift=workspace[0].data_ptr(), delta=workspace[1].data_ptr(),
-                dq_sum=workspace[2].data_ptr() if add_dq else None,
+                dq_sum=None if way == "two passes" else workspace[2].data_ptr(),
+                turns=turns.data_ptr() if way == "in turn" else None, resident=op.grid,
                 **{f"{n}_stride_{a}": x.stride(i) for n, x in views.items() for i, a in enumerate("th")},
             )  # fmt: skip
-            for kernel in ("row_sums", "keys", "round" if add_dq else "queries"):
+            for kernel in ("row_sums", "keys", "queries" if way == "two passes" else "round"):
                 op.launch(load(build.library("bwd_sm80")).backward_sm80, ctypes.byref(args), kernel.encode(), 64)
             found += [x.clone() for x in grads.values()]
         results.append(found)
@@ -173,8 +175,8 @@ def test_more_than_65535_segments():
         pointers = (bounds.data_ptr(), bounds.data_ptr(), found.data_ptr())
         arguments = TileList(*pointers, len(lengths), total, total, 1, 64, True, by_keys)
         call(load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments), grid=4, seed=0, races=False)
-        real = [tile[:6] for tile in found.tolist() if tile[3 if by_keys else 1] > 0]
-        assert sorted(real) == sorted(tile[:6] for tile in expected.tolist())
+        real = [tile for tile in found.tolist() if tile[3 if by_keys else 1] > 0]
+        assert sorted(real) == sorted(expected.tolist())
 
 
 def test_what_no_kernel_takes_is_refused_by_its_host_too():

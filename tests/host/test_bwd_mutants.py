@@ -8,17 +8,18 @@ from collections.abc import Callable
 import pytest
 
 from tests.host import build, test_bwd_sm80
-from tests.host.backward import Attention
+from tests.host.backward import WAYS, Attention, ways
 from tests.host.runner import HostError
 
 
 def check_values(csrc, *, races: bool = False, seed: int = 0) -> None:
-    """By the rule and without the race detector: lengths at the edges of blocks and steps, both ways to dq."""
-    for add_dq in (False, True):
-        op = Attention(64, add_dq, grid=1, seed=seed, races=races, csrc=csrc)
+    """By the rule and without the race detector: lengths at the edges of blocks and steps, all ways to dq."""
+    for way in WAYS:
+        op = Attention(64, way, grid=1, seed=seed, races=races, csrc=csrc)
         test_bwd_sm80.hold(op, [65, 1, 0, 130], heads=4, heads_k=2)
-        test_bwd_sm80.hold(op, [65, 30], keys=[70, 150], causal=True)
-        test_bwd_sm80.hold(op, [70, 64], keys=[3, 0], causal=True)
+        if way in ways(causal=True):
+            test_bwd_sm80.hold(op, [65, 30], keys=[70, 150], causal=True)
+            test_bwd_sm80.hold(op, [70, 64], keys=[3, 0], causal=True)
         test_bwd_sm80.hold(dataclasses.replace(op, rows=128), [129, 40], heads=4, heads_k=2)
 
 
@@ -30,6 +31,9 @@ def check_races(csrc) -> None:
 
 B, R = "bwd_sm80.cuh", "rows_sm80.cuh"
 BARRIER = "      barrier();  // this step's rows are here for all, and nobody reads the last step's any more\n"
+SLOPES = "        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it\n"
+WAIT = "        if (IN_TURN && thread == THREADS - 33) wait_for_turn(args, index, step);\n"
+PASS = "        if (IN_TURN && thread == THREADS - 1) pass_turn(args, index, step);\n"
 QUERY_STAGE = "      if (step + 1 < steps) load_step(p, index"
 KEY_STAGE = "      if (step + 1 < steps) statistic = load_step(args, index"
 
@@ -49,7 +53,7 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
         B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
         check_values),
     "the group's first head for all": (
-        B, "head = tile.head * quotient(p.H, p.Hk) + past;", "head = tile.head * quotient(p.H, p.Hk);", check_values),
+        B, "head = tile.head * group + past;", "head = tile.head * group;", check_values),
     "causal mask of dk one too far": (
         B, "i * 16 + half * 8 > end) s", "i * 16 + half * 8 > end + 1) s", check_values),
     "mask of dk left out too early": (
@@ -73,17 +77,38 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "no barrier before a stage is read in dk": (B, BARRIER + KEY_STAGE, KEY_STAGE, check_races),
     "no barrier before a stage is read in dq": (B, BARRIER + QUERY_STAGE, QUERY_STAGE, check_races),
     "no barrier before dS is read": (
-        B, "        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it\n", "",
-        check_races),
+        B, SLOPES, "", check_races),
     "no barrier before dk replaces the keys": (
         B, "    if constexpr (ADD_DQ) barrier();  // all warps are done with", "    // all warps are done with", check_races),
     "the same stage twice": (
         B, "memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);\n\n      Step s, slope;",
         "memory + STAGE_OFFSET + step % STAGES * STAGE);\n\n      Step s, slope;", check_races),
+    "turns are not cleared": (B, "args.turns[place] = 0;", "(void)args.turns;", test_bwd_sm80.check_turns),
+    "nothing waits for its turn": (
+        B, WAIT, "", test_bwd_sm80.check_turns),
+    "a turn is awaited after the barrier": (
+        B, WAIT + SLOPES, SLOPES + WAIT, test_bwd_sm80.check_turns),
+    "a turn is passed on before all have added": (B, WAIT, WAIT + PASS, test_bwd_sm80.check_turns),
+    "the last turn is not passed on": (
+        B, "    if (IN_TURN && steps > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps - 1);\n", "",
+        test_bwd_sm80.check_turns),
+    "one turn too early": (
+        B, "wait_for(count_of(args, tile, queries), queries.turn(tile));",
+        "wait_for(count_of(args, tile, queries), queries.turn(tile) - 1);", test_bwd_sm80.check_turns),
+    "turns of another head": (
+        B, "static_cast<int64_t>(queries.head) * args.problem.T + tile.q_row + queries.first;",
+        "static_cast<int64_t>(tile.head) * args.problem.T + tile.q_row + queries.first;", test_bwd_sm80.check_turns),
+    "an order that goes on past the round's end": (
+        B, "(tile.block <= last ? 0 : tile.blocks);", "(tile.block < last ? 0 : tile.blocks);", test_bwd_sm80.check_turns),
+    "around the steps although blocks may start late": (
+        B, "tile.blocks <= args.resident / 2 ?", "tile.blocks <= 4 * args.resident ?", test_bwd_sm80.check_turns),
     "no meeting before the rows are read back": (
         R, "    warp_barrier();\n    if (lane >= PIECES", "    if (lane >= PIECES", check_races),
 }  # fmt: skip
-QUICK = ("weights from the wrong scale", "no barrier before dS is read", "a row past the end is copied")
+QUICK = (
+    "weights from the wrong scale", "no barrier before dS is read", "a row past the end is copied",
+    "nothing waits for its turn",
+)
 
 
 def check_caught(name: str, folder) -> None:

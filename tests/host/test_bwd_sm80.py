@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import random
 
@@ -12,7 +13,7 @@ import torch
 from qwen2vl_fast import reference
 from tests.compare import Call, bounds_of, evaluate, judge, same_bits
 from tests.host import build
-from tests.host.backward import Attention, key_tiles
+from tests.host.backward import WAYS, Attention, key_tiles, ways
 from tests.host.extension import TileList
 from tests.host.runner import call, load, packed_bounds
 from tests.samples import PEERS, enough_rows
@@ -68,8 +69,8 @@ def random_case(seed: int) -> dict:
 def check_random(seed: int, csrc=build.CSRC) -> None:
     case = random_case(seed)
     rows = random.Random(seed).choice((64, 128))
-    for add_dq in (False, True):
-        hold(Attention(rows, add_dq, seed=seed, csrc=csrc), name=f"seed {seed}", **case)
+    for way in ways(case["causal"]):
+        hold(Attention(rows, way, seed=seed, csrc=csrc), name=f"seed {seed}", **case)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -94,18 +95,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("add_dq", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_cases(name, add_dq):
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n, case in CASES.items() for w in ways(case.get("causal", False))])
+def test_cases(name, way):
     for dim, rows in ((80, 64), (80, 128), (64, 128), (128, 64), (128, 128)):
-        hold(Attention(rows, add_dq), dim=dim, name=name, **CASES[name])
+        hold(Attention(rows, way), dim=dim, name=name, **CASES[name])
 
 
 def test_rows_without_keys_have_no_gradient():
-    for add_dq in (False, True):
-        grads = hold(Attention(64, add_dq), (70, 9, 4), keys=(3, 9, 0), causal=True)
-        assert not grads["q"][:67].any() and not grads["q"][79:].any()
-        grads = hold(Attention(64, add_dq), (0, 9), keys=(3, 9))
+    for way in WAYS:
+        if way in ways(causal=True):
+            grads = hold(Attention(64, way), (70, 9, 4), keys=(3, 9, 0), causal=True)
+            assert not grads["q"][:67].any() and not grads["q"][79:].any()
+        grads = hold(Attention(64, way), (4, 9), keys=(0, 9))
+        assert not grads["q"][:4].any()
+        grads = hold(Attention(64, way), (0, 9), keys=(3, 9))
         assert not grads["k"][:3].any() and not grads["v"][:3].any()
 
 
@@ -120,8 +123,8 @@ def check_low_scores(csrc=build.CSRC) -> None:
     tensors, rest = sample([9, 40])
     tensors["q"][:] = 20
     tensors["k"][:] = -20 + tensors["k"] / 8
-    for rows, add_dq in itertools.product((64, 128), (False, True)):
-        assert all(g.isfinite().all() for g in gradients(Attention(rows, add_dq, csrc=csrc), tensors, rest).values())
+    for rows, way in itertools.product((64, 128), WAYS):
+        assert all(g.isfinite().all() for g in gradients(Attention(rows, way, csrc=csrc), tensors, rest).values())
 
 
 def test_low_scores():
@@ -132,9 +135,11 @@ def check_isolation(csrc=build.CSRC) -> None:
     """NaN in one segment, or another neighbour, changes no bit of another's gradients; alone as in the pack."""
     lengths = [70, 1, 33]
     starts = bounds_of(lengths)
-    for rows, causal, add_dq in itertools.product((64, 128), (False, True), (False, True)):
+    for rows, causal, way in itertools.product((64, 128), (False, True), WAYS):
+        if way not in ways(causal):
+            continue
         tensors, rest = sample(lengths, causal=causal)
-        op = Attention(rows, add_dq, grid=1, csrc=csrc)
+        op = Attention(rows, way, grid=1, csrc=csrc)
         expected = gradients(op, tensors, rest)
         for sick, (start, end) in enumerate(itertools.pairwise(starts)):
             ill = {n: x.clone() for n, x in tensors.items()}
@@ -158,28 +163,47 @@ def check_order(csrc=build.CSRC) -> None:
         for name, x in gradients(op, tensors, rest).items():
             assert same_bits(x, expected[name]), f"{name}, seed {seed}"
         for rows in (64, 128):
-            hold(Attention(rows, add_dq=True, grid=1, seed=seed, csrc=csrc), [150, 64, 20], causal=True)
+            hold(Attention(rows, "added", grid=1, seed=seed, csrc=csrc), [150, 64, 20], causal=True)
 
 
 def test_order():
     check_order()
 
 
+def check_turns(csrc=build.CSRC) -> None:
+    """In turn: no addition without its place in the order, hence the same bits in any schedule of threads and blocks.
+
+    Around the steps where all blocks of a segment run at once (5 of 20 resident ones), one behind the other where they may not.
+    """
+    for lengths, keys, heads, dim in (([270, 64, 20, 1], None, 4, 80), ([33, 70], [180, 3], 2, 64)):
+        tensors, rest = sample(lengths, keys=keys, heads=heads, heads_k=heads // 2, dim=dim)
+        for rows, resident in ((64, 20), (64, 3), (128, 12)):
+            op = Attention(rows, "in turn", resident=resident, csrc=csrc)
+            expected = gradients(op, tensors, rest)
+            for seed in range(1, 4):
+                for name, x in gradients(dataclasses.replace(op, seed=seed), tensors, rest).items():
+                    assert same_bits(x, expected[name]), f"{name}, seed {seed}, {op}"
+
+
+def test_turns():
+    check_turns()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_block_sizes_change_no_bit(dim, causal):
-    """Of dk, dv and of dq in two passes: a segment may get blocks of 64 alone and of 128 in a pack."""
+    """Of dk, dv and of dq in two passes: a segment may get blocks of 64 alone and of 128 in a pack. In turn they do."""
     tensors, rest = sample([150, 64, 20, 1, 0, 129], dim=dim, heads_k=1, causal=causal)
-    for add_dq in (False, True):
-        small, large = (gradients(Attention(rows, add_dq, races=False), tensors, rest) for rows in (64, 128))
-        for name in "kv" if add_dq else "qkv":
+    for way in WAYS[:2]:
+        small, large = (gradients(Attention(rows, way, races=False), tensors, rest) for rows in (64, 128))
+        for name in "qkv" if way == "two passes" else "kv":
             assert same_bits(small[name], large[name]), name
 
 
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("seed", range(40))
 def test_key_tiles_from_boundaries(seed, rows):
-    """The list by keys that the device builds is the one of the description, in another order and with idle tiles."""
+    """The list by keys that the device builds is the one of the description, head after head and with idle tiles."""
     case = random_case(seed)
     lengths, heads = case["lengths"], case["heads_k"]
     keys = lengths if case["keys"] is None else case["keys"]
@@ -190,5 +214,5 @@ def test_key_tiles_from_boundaries(seed, rows):
     arguments = TileList(*pointers, len(lengths), total, total_k, heads, rows, case["causal"], True)
     call(load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments), grid=2, seed=seed)
     assert (found[-2:] == -1).all()
-    real = [tile[:6] for tile in found[:-2].tolist() if tile[3] > 0]
-    assert sorted(real) == sorted(tile[:6] for tile in key_tiles(lengths, keys, heads, rows, case["causal"]).tolist())
+    real = [tile for tile in found[:-2].tolist() if tile[3] > 0]
+    assert real == sorted(key_tiles(lengths, keys, heads, rows, case["causal"]).tolist(), key=lambda tile: tile[4])

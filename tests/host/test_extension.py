@@ -84,7 +84,7 @@ def check_blocks(extension: host.Extension, name: str, dim: int, *, scheduled=(F
         extension.blocks.clear()
         hold(lengths, dim=dim, deterministic=deterministic, processors=1 if own else None, name=name)
         assert set(extension.blocks) == {(rows, rows)}, extension.blocks
-        assert extension.launched[-2:] == [f"keys {rows}", f"queries {rows}" if deterministic else "round"]
+        assert extension.launched[-2:] == [f"keys {rows} in turn" if deterministic else f"keys {rows}", "round"]
         assert own == (f"tiles {rows} by keys" not in extension.launched)
 
 
@@ -128,7 +128,7 @@ def test_other_key_lengths_under_a_causal_mask_have_one_block_size(extension):
     """There the size can change bits, and so must not depend on the pack."""
     for causal, rows in ((True, 128), (False, 64)):
         hold([150, 40], keys=[180, 70], causal=causal, deterministic=True)
-        assert extension.launched[-2] == f"keys {rows}"
+        assert extension.launched[-2:] == ([f"keys {rows}", f"queries {rows}"] if causal else [f"keys {rows} in turn", "round"])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -220,14 +220,21 @@ def test_views_that_no_kernel_reads_are_copied(extension):
 
 @pytest.mark.parametrize("switch", [False, True])
 def test_who_chooses_the_way_to_dq(extension, monkeypatch, switch):
-    """Two passes for deterministic=True, dq added for False, else what torch's switch says; so for the tower's own op."""
+    """In turn for deterministic=True, two passes under a causal mask, dq added for False, else what torch's switch says; so for
+    the tower's own op."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switch)
-    tensors, rest = sample([9])
-    for asked in (None, False, True):
+    added, in_turn, two_passes = ["keys", "round"], ["keys in turn", "round"], ["keys", "queries"]
+
+    def launched():
+        return [re.sub(r" \d+", "", name) for name in extension.launched[-2:]]
+
+    for causal, asked in itertools.product((False, True), (None, False, True)):
+        tensors, rest = sample([9], causal=causal)
         evaluate(op, Call(tensors, {**rest, "deterministic": asked}), upstream_of((tensors["q"],), 0))
-        assert extension.launched[-1].startswith("queries" if asked or asked is None and switch else "round"), asked
+        same = two_passes if causal else in_turn
+        assert launched() == (same if (switch if asked is None else asked) else added), (causal, asked)
     with_gradient(vision_attention, torch.randn(112, 3, 2, 80).bfloat16(), pack("cpu"))
-    assert extension.launched[-1].startswith("queries" if switch else "round")
+    assert launched() == (in_turn if switch else added)
 
 
 def test_no_second_derivative(extension):
@@ -279,7 +286,7 @@ def test_one_gradient_of_qkv(extension, dtype):
         extension.launched.clear()
         found = with_gradient(vision_attention, qkv, (position_ids, inv_freq, schedule))
     assert all(map(same_bits, found, expected))
-    assert extension.launched == ["forward sm_80 64", "row_sums", "keys 64", "queries 64"]
+    assert extension.launched == ["forward sm_80 64", "row_sums", "keys 64 in turn", "round"]
 
 
 @pytest.mark.parametrize("rows", [(24, 70), (200, 3)])

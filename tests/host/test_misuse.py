@@ -43,13 +43,18 @@ FAULTS = {
     28: ("a product that is never awaited", "under way"),
     29: ("take_registers that gives", "gives some up"),
     30: ("give_registers that takes", "takes some"),
+    31: ("no wait before an addition to what another block adds to", "race: an addition"),
+    32: ("additions after they were published", "race: an addition"),
+    33: ("a wait for what nobody publishes", "deadlock: block 1 and all others wait"),
+    34: ("no barrier behind one thread's wait for another block", "race: an addition"),
 }
+BETWEEN_BLOCKS = (31, 32, 33, 34)
 
 
 class Arguments(ctypes.Structure):
     _fields_ = [
         ("fault", ctypes.c_int), ("right", ctypes.c_int), ("data", ctypes.c_void_p), ("out", ctypes.c_void_p),
-        ("map", ctypes.c_char * 128),
+        ("count", ctypes.c_void_p), ("map", ctypes.c_char * 128),
     ]  # fmt: skip
 
 
@@ -59,8 +64,9 @@ def misuse():
 
 
 def run(misuse, fault: int, right: bool, seed: int) -> torch.Tensor:
-    data, out = torch.ones(4096), torch.full((256,), torch.nan)
-    call(misuse, ctypes.byref(Arguments(fault, right, data.data_ptr(), out.data_ptr())), grid=1, seed=seed)
+    data, out, count = torch.ones(4096), torch.full((256,), torch.nan), torch.zeros(1, dtype=torch.int32)
+    arguments = Arguments(fault, right, data.data_ptr(), out.data_ptr(), count.data_ptr())
+    call(misuse, ctypes.byref(arguments), grid=2 if fault in BETWEEN_BLOCKS else 1, seed=seed)
     return out
 
 
