@@ -1,4 +1,5 @@
 """Layouts as CuTe prints them (nvidia-cutlass 4.2.0, cute::print of the traits that are named), and what they mean.
+test_layouts.py has them printed again.
 
 They are the judge of the twins: a kernel and its twin by one hand could share a misreading.
 """
