@@ -56,7 +56,7 @@ LAUNCH = 2e-6  # seconds that a kernel takes beyond its work when it stands in a
 EXPONENTIALS = 16  # a clock and multiprocessor
 # Share of a matrix product's rate that the attention loop reaches while it runs. Hopper: what csrc/fwd_sm90.cuh is built for.
 LOOP = {80: 0.80, 89: 0.85, 90: 0.80}
-HEADERS = ("host/runtime.h", "tiles.cuh", "fwd_sm80.cuh", "bwd_sm80.cuh", "fwd_sm90.cuh")  # those with a kernel
+HEADERS = ("host/runtime.h", "tiles.cuh", "fwd_sm80.cuh", "bwd_rows.cuh", "bwd_sm80.cuh", "fwd_sm90.cuh")  # those with a kernel
 PROBLEM, HEADS = 4 * (4096,), 16  # on which the CUDA kernels are predicted one by one
 KEYS = {80: 64, 89: 64, 90: 96}  # of a block; the rows are what positions.block_rows chooses
 

@@ -118,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
       "with the kernel's name for a CUDA error.",
       py::arg("problem"), py::arg("kernel"), py::arg("rows"), py::arg("device"), py::arg("stream"));
   m.def("varlen_attention_backward", &varlen_attention_backward,
-        "Writes dq, dk, dv; shift, delta float32 [H, T], dq_sum float32 [T, H, D] and turns int32 [H, T] are workspace. dq_sum = 0 "
+        "Writes dq, dk, dv; shift, delta float32 [H, T], dq_sum float32 [T, H, D] and turns int32 [H * T + 1] are workspace. dq_sum = 0 "
         "(dq by a second pass) or turns not 0 (added in turn; never causal): the same bits in every run. rows, key_rows: the block "
         "sizes of the two lists of tiles. Raises as varlen_attention_forward does.",
         py::arg("problem"), py::arg("key_tiles"), py::arg("key_tile_count"), py::arg("grad"), py::arg("dq"), py::arg("dk"),

@@ -3,7 +3,7 @@
 //   P = exp(scale q k^T - lse)     dP = dO v^T     dS = P * (dP - sum(dO * o))
 //   dv = P^T dO                    dk = scale dS^T q                    dq = scale dS k
 //
-// RowSums prepares the two numbers that each query row needs. BackwardKeys owns a block of keys and goes through the queries
+// RowSums (bwd_rows.cuh) prepares the two numbers that each query row needs. BackwardKeys owns a block of keys and goes through the queries
 // that see them: it computes the transposed scores, whose accumulators are at once the left operands of dv and dk. BackwardQueries
 // owns a block of queries and goes through their keys for dq: the same bits in every run, at the price of computing S and dP
 // twice. With ADD_DQ BackwardKeys adds dq itself, in float32: in whatever order blocks come, or IN_TURN, in an order that lengths
@@ -12,63 +12,11 @@
 
 #include <cmath>
 
+#include "bwd_rows.cuh"
 #include "rows_sm80.cuh"
 #include "varlen_attention.h"
 
 namespace qwen2vl_fast {
-
-// Of each row of o and dO: sum(dO * o), and lse in units of log2. Clears the row of dq_sum and its turns, where there are any.
-template <bool BF16, int D>
-struct RowSums {
-  static constexpr int THREADS = 256;
-  static constexpr int BLOCKS = 4;
-  static constexpr int SMEM = 0;
-  static constexpr int LANES = 8;  // of a row: a power of two, so that shuffles can add
-  static constexpr int ROWS = THREADS / LANES;
-
-  static DEV void run(const VarlenAttentionBackward& args) {
-    const VarlenAttention& p = args.problem;
-    const int64_t count = static_cast<int64_t>(p.T) * p.H;
-    // Every lane makes every turn, since all lanes meet in the shuffles.
-    for (int64_t first = static_cast<int64_t>(block_index()) * ROWS; first < count;
-         first += static_cast<int64_t>(block_count()) * ROWS) {
-      const int64_t index = first + thread_index() / LANES;
-      const int lane = thread_index() % LANES;
-      const bool valid = index < count;
-      const int64_t row = valid ? index / p.H : 0;
-      const int head = valid ? static_cast<int>(index % p.H) : 0;
-      const char* o = static_cast<const char*>(p.o) + 2 * (row * p.o_stride_t + head * p.o_stride_h);
-      const char* grad = static_cast<const char*>(args.grad) + 2 * (row * args.grad_stride_t + head * args.grad_stride_h);
-      float sum = 0.0f;
-      for (int piece = lane; piece < D / 8; piece += LANES) {
-        const Words4 x = reinterpret_cast<const Words4*>(o)[piece], y = reinterpret_cast<const Words4*>(grad)[piece];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float x0, x1, y0, y1;
-          unpack<BF16>(x0, x1, x.word[i]);
-          unpack<BF16>(y0, y1, y.word[i]);
-          sum = fmaf(x1, y1, fmaf(x0, y0, sum));
-        }
-      }
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      sum += shuffle_xor(sum, 4);
-      if (!valid) continue;
-      const int64_t place = static_cast<int64_t>(head) * p.T + row;
-      if (lane == 0) {
-        const float lse = p.lse[place];
-        // A row without keys: with +inf its masked scores get the weight 0, with -inf they would get NaN.
-        args.shift[place] = lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f;
-        args.delta[place] = sum;
-        if (args.turns != nullptr) args.turns[place] = 0;
-      }
-      if (args.dq_sum != nullptr) {
-        Words4* target = reinterpret_cast<Words4*>(args.dq_sum + index * D);
-        for (int piece = lane; piece < D / 4; piece += LANES) target[piece] = Words4{};
-      }
-    }
-  }
-};
 
 // dk and dv of one block of keys of one key head, over all query heads of its group.
 template <bool BF16, int D, int M_TILES, int STEP_, bool ADD_DQ, bool IN_TURN>
@@ -91,7 +39,11 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   static constexpr int STAGE_OFFSET = 2 * BLOCK * ROW;
   static constexpr int SLOPE_ROW = 2 * STEP + 16;
   static constexpr int SLOPE_OFFSET = STAGE_OFFSET + STAGES * STAGE;
-  static constexpr int SMEM = SLOPE_OFFSET + (ADD_DQ ? BLOCK * SLOPE_ROW : 0);
+  static constexpr int TILE_OFFSET = SLOPE_OFFSET + (ADD_DQ ? BLOCK * SLOPE_ROW : 0);
+  // In turn, the block's tile, how many steps it has, and the tile's number or already the next one's. Blocks take tiles as they
+  // become free there, so that the compiler can't know of a tile's number that all threads share it; in registers it spills.
+  static constexpr int STEPS_OFFSET = TILE_OFFSET + 32, NUMBER_OFFSET = STEPS_OFFSET + 4;
+  static constexpr int SMEM = TILE_OFFSET + (IN_TURN ? 48 : 0);
   static_assert(2 * STEP <= THREADS && STAGE % 16 == 0 && (SLOPE_ROW / 16) % 2 == 1 && (ADD_DQ || !IN_TURN));
 
   // For dq the warps share a step's STEP rows and, where those are fewer than 64, the columns.
@@ -101,6 +53,18 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
 
   // Of numbers that are not negative: unsigned division takes fewer registers.
   static DEV int quotient(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
+
+  static DEV Tile tile_of(const VarlenAttentionBackward& args, int index) {
+    if constexpr (!IN_TURN) return args.key_tiles[not_foreseen(index)];
+    const uint32_t place = shared_memory() + TILE_OFFSET;
+    const Words4 a = load_shared_16(place), b = load_shared_16(place + 16);
+    return {static_cast<int>(a.word[0]), static_cast<int>(a.word[1]), static_cast<int>(a.word[2]), static_cast<int>(a.word[3]),
+            static_cast<int>(b.word[0]), static_cast<int>(b.word[1]), static_cast<int>(b.word[2]), static_cast<int>(b.word[3])};
+  }
+
+  static DEV int steps_of(const VarlenAttentionBackward& args, const Tile& tile) {
+    return (tile.rows + STEP - 1) / STEP * (args.problem.H / args.problem.Hk);
+  }
 
   // In turn: how many steps lie between the first steps of neighbouring blocks of a segment. Where its blocks are few enough to
   // run all at once, they go around its steps one behind the other; 0: they all begin with the first, and none ever waits for a
@@ -139,14 +103,14 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   }
 
   static DEV void wait_for_turn(const VarlenAttentionBackward& args, int index, int step) {
-    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Tile tile = tile_of(args, index);
     const Queries queries(args, tile, step);
     wait_for(count_of(args, tile, queries), queries.turn(tile));
   }
 
   // By one thread, after all have added.
   static DEV void pass_turn(const VarlenAttentionBackward& args, int index, int step) {
-    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Tile tile = tile_of(args, index);
     const Queries queries(args, tile, step);
     publish(count_of(args, tile, queries), queries.turn(tile) + 1);
   }
@@ -155,7 +119,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   // addresses are multiples of 4 bytes only. Rows past the end have q = dO = 0 and any finite statistics, so they add nothing.
   static DEV float load_step(const VarlenAttentionBackward& args, int index, int step, uint32_t stage) {
     const VarlenAttention& p = args.problem;
-    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Tile tile = tile_of(args, index);
     const Queries queries(args, tile, step);
     const int64_t first = static_cast<int64_t>(tile.q_row) + queries.first;
     const int valid = tile.rows - queries.first;
@@ -172,7 +136,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   // its own; dq adds over the keys, and there an infinite weight would meet k = 0.
   static DEV void mask(Step& s, const VarlenAttentionBackward& args, int index, int step) {
     const VarlenAttention& p = args.problem;
-    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Tile tile = tile_of(args, index);
     const bool causal = !IN_TURN && p.causal;
     const int first = causal ? Queries(args, tile, step).first + tile.diagonal : 0;  // the last key that the step's first query sees
     if (!(causal && first < BLOCK - 1) && !(ADD_DQ && tile.keys < BLOCK)) return;
@@ -274,7 +238,7 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
   // dq_sum += scale dS k for the step's queries. Keys past the block's end have k = 0 and finite dS.
   static DEV void add_dq(const VarlenAttentionBackward& args, int index, int step, uint32_t slope, uint32_t keys) {
     const VarlenAttention& p = args.problem;
-    const Tile tile = args.key_tiles[not_foreseen(index)];
+    const Tile tile = tile_of(args, index);
     const int thread = not_foreseen(thread_index()), lane = thread % 32, warp = thread / 32;
     const int row = warp % DQ_ROW_WARPS * 16, pair = warp / DQ_ROW_WARPS * DQ_PAIRS;
     const uint32_t left_address = slope + (lane / 16 * 8 + lane % 8) * SLOPE_ROW + (row + lane / 8 % 2 * 8) * 2;
@@ -309,43 +273,65 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
 
   static DEV void run(const VarlenAttentionBackward& args) {
     const uint32_t memory = shared_memory();
+    if constexpr (IN_TURN) return run_as_free(args, memory);
     for (int index = block_index(); index < args.key_tile_count; index += block_count()) {
       if (args.key_tiles[index].keys > 0) run_tile(args, index, memory);
     }
   }
 
+  // First the tile of the block's own number, then whenever it is done the first one that no block has taken.
+  static DEV void run_as_free(const VarlenAttentionBackward& args, uint32_t memory) {
+    const int thread = thread_index();
+    if (thread == 0) store_shared(memory + NUMBER_OFFSET, static_cast<uint32_t>(block_index()));
+    for (;;) {
+      barrier();  // the number is there, and no warp needs the tile before it any more
+      const int index = static_cast<int>(load_shared_word(memory + NUMBER_OFFSET));
+      if (index >= args.key_tile_count) return;
+      const Tile* tile = args.key_tiles + index;
+      if (thread < 2) store_shared(memory + TILE_OFFSET + 16 * thread, reinterpret_cast<const Words4*>(tile)[thread]);
+      if (thread == 0) store_shared(memory + STEPS_OFFSET, static_cast<uint32_t>(tile->keys > 0 ? steps_of(args, *tile) : 0));
+      barrier();  // the tile is there
+      run_tile(args, index, memory);
+    }
+  }
+
+  static DEV int take_tile(const VarlenAttentionBackward& args) {
+    return block_count() + count_up(args.turns + static_cast<int64_t>(args.problem.H) * args.problem.T);
+  }
+
   static DEV void run_tile(const VarlenAttentionBackward& args, int index, uint32_t memory) {
     const VarlenAttention& p = args.problem;
-    const Tile tile = args.key_tiles[index];
+    const Tile tile = tile_of(args, index);
     const uint32_t keys = memory, values = memory + BLOCK * ROW;
-    const int steps = (tile.rows + STEP - 1) / STEP * (p.H / p.Hk);
+    const int own_steps = steps_of(args, tile);
+    const auto steps = [&] { return IN_TURN ? static_cast<int>(load_shared_word(memory + STEPS_OFFSET)) : own_steps; };
     Sum dk, dv;
     Rows::clear(dk);
     Rows::clear(dv);
 
-    barrier();  // other warps may still write out the tile before this one
+    if constexpr (!IN_TURN) barrier();  // other warps may still write out the tile before this one
     float statistic = 0.0f;
-    if (steps > 0) {
+    if (steps() > 0) {
       Rows::template load_rows<BLOCK>(keys, p.k, tile.k_row, p.k_stride_t, tile.head * p.k_stride_h, tile.keys);
       Rows::template load_rows<BLOCK>(values, p.v, tile.k_row, p.v_stride_t, tile.head * p.v_stride_h, tile.keys);
       statistic = load_step(args, index, 0, memory + STAGE_OFFSET);
     }
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps(); ++step) {
       const uint32_t stage = memory + STAGE_OFFSET + step % STAGES * STAGE;
       const int thread = not_foreseen(thread_index());
       if (thread < 2 * STEP) store_shared(stage + STATISTICS + thread * 4, statistic);
       copy_async_wait<0>();
       barrier();  // this step's rows are here for all, and nobody reads the last step's any more
-      if (step + 1 < steps) statistic = load_step(args, index, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
+      if (step + 1 < steps()) statistic = load_step(args, index, step + 1, memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);
 
       Step weight, slope;
       Rows::multiply(weight, keys, stage);
       if (ADD_DQ || p.causal) mask(weight, args, index, step);
+      // When the last step's additions have had time to arrive, so that little waits for them; by a warp with less of dq.
+      if (IN_TURN && step > 0 && thread == THREADS - 1) pass_turn(args, index, step - 1);
       weights(weight, p.scale * 1.44269504088896341f, stage);
       Rows::accumulate(dv, weight, stage + STEP * ROW);
-      // Late enough for the last step's additions to have arrived, so that nothing waits for them; by a warp with less of dq.
-      if (IN_TURN && step > 0 && thread == THREADS - 1) pass_turn(args, index, step - 1);
       // With dq beside it the registers suffice if delta needs none after the product; without dq they suffice if it comes then.
       if constexpr (ADD_DQ) {
         begin_slopes(slope, stage);
@@ -363,8 +349,10 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
       }
     }
     if constexpr (ADD_DQ) barrier();  // all warps are done with the keys, over which dk is written
-    if (IN_TURN && steps > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps - 1);
-    const Tile end = args.key_tiles[not_foreseen(index)];
+    if (IN_TURN && steps() > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps() - 1);
+    // Now, and not before: this block waits for no other any more, so whoever waits for the next tile does not wait in vain.
+    if (IN_TURN && thread_index() == 0) store_shared(memory + NUMBER_OFFSET, static_cast<uint32_t>(take_tile(args)));
+    const Tile end = tile_of(args, index);
     Rows::write(args.dk, end.k_row, args.dk_stride_t, end.head * args.dk_stride_h, end.keys, dk, p.scale, keys);
     Rows::write(args.dv, end.k_row, args.dv_stride_t, end.head * args.dv_stride_h, end.keys, dv, 1.0f, values);
   }
@@ -489,30 +477,6 @@ struct BackwardQueries : RowsSm80<BF16, D, M_TILES, STEP_> {
     }
     const Tile end = p.tiles[not_foreseen(index)];
     Rows::write(args.dq, end.q_row, args.dq_stride_t, end.head * args.dq_stride_h, end.rows, dq, p.scale, queries);
-  }
-};
-
-// dq_sum, rounded, to dq.
-template <bool BF16, int D>
-struct RoundDq {
-  static constexpr int THREADS = 256;
-  static constexpr int BLOCKS = 4;
-  static constexpr int SMEM = 0;
-
-  static DEV void run(const VarlenAttentionBackward& args) {
-    const VarlenAttention& p = args.problem;
-    const int64_t count = static_cast<int64_t>(p.T) * p.H * (D / 8);
-    for (int64_t index = static_cast<int64_t>(block_index()) * THREADS + thread_index(); index < count;
-         index += static_cast<int64_t>(block_count()) * THREADS) {
-      const int64_t place = index / (D / 8), row = place / p.H, head = place % p.H;
-      const int column = static_cast<int>(index % (D / 8)) * 8;
-      const float* sum = args.dq_sum + place * D + column;
-      Words4 rounded;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rounded.word[i] = pack<BF16>(sum[2 * i], sum[2 * i + 1]);
-      char* target = static_cast<char*>(args.dq) + 2 * (row * args.dq_stride_t + head * args.dq_stride_h + column);
-      *reinterpret_cast<Words4*>(target) = rounded;
-    }
   }
 };
 

@@ -16,7 +16,7 @@ void forward(const VarlenAttention& problem, const std::string& kernel, int rows
   const CurrentDevice current(device, "varlen_attention_forward_" + kernel);
   if (kernel == "sm_90") return forward_sm90(problem, rows, device, stream);
   select_forward_sm80(problem, rows, [&](auto found) {
-    launch<decltype(found)>("varlen_attention_forward_sm80", problem, problem.tile_count, device, stream);
+    launch<decltype(found)>("varlen_attention_forward_sm80", problem, problem.tile_count, Grid::each, device, stream);
   });
 }
 
@@ -25,7 +25,8 @@ void build_tiles(const TileList& list, int device, void* stream) {
   const int64_t count = tile_slots(list);
   if (list.N == 0 || count == 0) return;
   const CurrentDevice current(device, "varlen_attention_tiles");
-  launch<BuildTiles>("varlen_attention_tiles", list, (count + BuildTiles::THREADS - 1) / BuildTiles::THREADS, device, stream);
+  const int64_t blocks = (count + BuildTiles::THREADS - 1) / BuildTiles::THREADS;
+  launch<BuildTiles>("varlen_attention_tiles", list, blocks, Grid::resident, device, stream);
 }
 
 }  // namespace qwen2vl_fast

@@ -72,7 +72,7 @@ void run_forward_sm90(const VarlenAttention& p, int device, void* stream) {
   args.v = tensor_map({"v", p.v, p.Tk, p.Hk, p.v_stride_t, p.v_stride_h}, p.D, p.bfloat16, Kernel::V_ROW / 2, Kernel::VLayout::ROWS);
   args.scale_log2 = p.scale * 1.4426950408889634f;
   args.zero = 0;
-  launch<Kernel>(FORWARD_SM90, args, p.tile_count, device, stream);
+  launch<Kernel>(FORWARD_SM90, args, p.tile_count, Grid::resident, device, stream);
 }
 
 }  // namespace qwen2vl_fast

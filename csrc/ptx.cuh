@@ -154,6 +154,16 @@ DEV void store_shared(uint32_t to, const Words4& x) {
 #endif
 }
 
+DEV uint32_t load_shared_word(uint32_t from) {
+  uint32_t x;
+#ifdef __CUDACC__
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+#else
+  host::load_shared(&x, from, sizeof x);
+#endif
+  return x;
+}
+
 DEV float load_shared_float(uint32_t from) {
   float x;
 #ifdef __CUDACC__
@@ -189,6 +199,17 @@ DEV void add_global(float* to, float x, float y) {
 #else
   host::add_global(to, x);
   host::add_global(to + 1, y);
+#endif
+}
+
+// Adds 1 to a count in global memory; what it was before. Orders nothing.
+DEV int count_up(int* count) {
+#ifdef __CUDACC__
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
+#else
+  return host::count_up(count);
 #endif
 }
 

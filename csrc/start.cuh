@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "ptx.cuh"
 #include "status.h"
@@ -13,7 +14,7 @@ namespace qwen2vl_fast {
 
 constexpr int MAX_DEVICES = 64;  // of one machine
 
-// Blocks of a kernel that the current device holds at once; asked once a device.
+// Blocks of a kernel that the current device holds at once; asked once a device, where it is also told of the shared memory.
 template <class Kernel, class Args>
 int resident_blocks(const std::string& name, int device) {
   static std::atomic<int> known[MAX_DEVICES];
@@ -29,12 +30,18 @@ int resident_blocks(const std::string& name, int device) {
   return blocks * processors;
 }
 
-// together: all blocks run at once, so that one may wait for another; the device refuses what it can't promise.
+enum class Grid {
+  each,      // a block for each piece of work: the device starts the next one where one has ended, so lengths may differ
+  resident,  // as many as the device holds, which take the pieces in turns
+  together,  // the same, and all run at once, so that one may wait for another: the device refuses what it can't promise
+};
+
 template <class Kernel, class Args>
-void launch(const std::string& name, const Args& args, int64_t blocks, int device, void* stream, bool together = false) {
-  const int count = static_cast<int>(std::min<int64_t>(blocks, resident_blocks<Kernel, Args>(name, device)));
+void launch(const std::string& name, const Args& args, int64_t pieces, Grid grid, int device, void* stream) {
+  const int resident = resident_blocks<Kernel, Args>(name, device);
+  const int count = static_cast<int>(std::min<int64_t>(pieces, grid == Grid::each ? INT32_MAX : resident));
   void* parameters[] = {const_cast<Args*>(&args)};
-  const auto start = together ? cudaLaunchCooperativeKernel<void(Args)> : cudaLaunchKernel<void(Args)>;
+  const auto start = grid == Grid::together ? cudaLaunchCooperativeKernel<void(Args)> : cudaLaunchKernel<void(Args)>;
   check(start(entry<Kernel, Args>, count, Kernel::THREADS, parameters, Kernel::SMEM, static_cast<cudaStream_t>(stream)), name);
 }
 

@@ -52,7 +52,7 @@ struct VarlenAttentionBackward {
   float* shift;      // [H, T], workspace: lse in units of log2
   float* delta;      // [H, T], workspace: sum(dO * o)
   float* dq_sum;     // [T, H, D], workspace; null: dq by a second pass, bit for bit the same in every run
-  int* turns;        // [H, T], workspace; null: blocks of keys add to dq_sum in whatever order they come, else in a fixed one
+  int* turns;        // [H * T + 1], workspace; null: blocks of keys add to dq_sum in whatever order they come, else in a fixed one
   int resident;      // with `turns`: blocks of the device that are sure to run at once; the launch sets it
   int64_t grad_stride_t, grad_stride_h;
   int64_t dq_stride_t, dq_stride_h;

@@ -96,7 +96,7 @@ int main() {
   start<RowSums<true, D>>("row sums", args, 3);
   start<BackwardKeys<true, D, 2, 32, true, false>>("keys, 128 rows", args, 3);
   start<RoundDq<true, D>>("round", args, 3);
-  args.turns = device_memory<int>(H * T);
+  args.turns = device_memory<int>(H * T + 1);
   for (int resident : {12, 3}) {  // around the steps, and one block behind the other
     args.resident = resident;
     start<RowSums<true, D>>("row sums", args, 3);

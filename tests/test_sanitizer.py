@@ -18,7 +18,7 @@ SOURCE = Path(__file__).with_name("sanitized.cu")
 PLANTED = {
     "memcheck": ("rows_sm80.cuh", "row + pass < valid ? 16 : 0", "16"),
     "racecheck": ("fwd_sm80.cuh", "      barrier();  // this step's keys are here", "      // this step's keys are here"),
-    "initcheck": ("bwd_sm80.cuh", "target[piece] = Words4{};", "(void)target;"),
+    "initcheck": ("bwd_rows.cuh", "target[piece] = Words4{};", "(void)target;"),
     "synccheck": (
         "fwd_sm80.cuh", "    if (Q_IN_REGISTERS) barrier();  // o goes where",
         "    if (thread_index() % 32 < 16) warp_barrier();\n    if (Q_IN_REGISTERS) barrier();  // o goes where",

@@ -1,11 +1,12 @@
 """What waiting costs the backward that adds dq in turn: csrc/bwd_sm80.cuh's order, simulated step by step.
 
 A step takes one unit of time in every block; what a block has added is seen by the next one `late` units after that step's
-end. Of `resident` blocks each takes every resident-th tile of the list. No GPU has said yet how far that is from the truth.
+end. Whatever block is free takes the next tile of the list. No GPU has said yet how far that is from the truth.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,21 +14,20 @@ import numpy as np
 
 def steps(lengths: Sequence[int], heads: int, rows: int, step: int, resident: int, late: float | None) -> float:
     """When the last block is done, in steps. late: None if nobody waits for anybody."""
-    free = np.zeros(resident)
-    next_tile = 0
+    free = [0.0] * resident  # a heap: when each block is done with what it has
     for length in sorted(lengths, reverse=True):
         blocks, count = -(-length // rows), -(-length // step)
         for _ in range(heads):
-            own = (next_tile + np.arange(blocks)) % resident
-            next_tile += blocks
             if late is None:
-                for block in own:
-                    free[block] += count
+                for _ in range(blocks):
+                    heapq.heapreplace(free, free[0] + count)
             elif blocks <= resident // 2 and count >= blocks:
-                free[own] = _around(free[own], count, late)
+                start = np.array([heapq.heappop(free) for _ in range(blocks)])
+                for end in _around(start, count, late):
+                    heapq.heappush(free, end)
             else:
-                _behind(free, own, count, late)
-    return free.max()
+                _behind(free, blocks, count, late)
+    return max(free)
 
 
 def _around(start: np.ndarray, count: int, late: float) -> np.ndarray:
@@ -47,10 +47,9 @@ def _around(start: np.ndarray, count: int, late: float) -> np.ndarray:
     return end
 
 
-def _behind(free: np.ndarray, own: np.ndarray, count: int, late: float) -> None:
+def _behind(free: list[float], blocks: int, count: int, late: float) -> None:
     """Each block begins with step 0, and adds to a step after the block before it."""
-    before = np.full(count, -np.inf)
-    for block in own:
-        free_steps = free[block] + 1 + np.arange(count)
-        before = np.maximum.accumulate(np.maximum(before + late, free_steps) - np.arange(count)) + np.arange(count)
-        free[block] = before[-1]
+    before, turn = np.full(count, -np.inf), np.arange(count)
+    for _ in range(blocks):
+        before = np.maximum.accumulate(np.maximum(before + late, free[0] + 1 + turn) - turn) + turn
+        heapq.heapreplace(free, before[-1])

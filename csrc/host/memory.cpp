@@ -207,6 +207,8 @@ void add_global(float* to, float x) {
   *to += x;
 }
 
+int count_up(int* count) { return (*count)++; }
+
 void publish(int* place, int value) {
   *place = value;
   if (!block.launch.together || !block.launch.races) return;

@@ -40,6 +40,7 @@ void copy_async_wait(int pending);
 void store_shared(uint32_t to, const void* from, int size);
 void load_shared(void* to, uint32_t from, int size);
 void add_global(float* to, float x);
+int count_up(int* count);                    // what it was before
 void publish(int* place, int value);         // seen by wait_for in other blocks, with all that this thread knows of
 void wait_for(const int* place, int value);  // until it holds at least that
 

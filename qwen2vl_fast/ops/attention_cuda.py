@@ -113,7 +113,7 @@ def backward(
     grad, q, k, v, o = map(_readable, (grad, q, k, v, o))
     workspace = lse.new_empty((2, *lse.shape))
     dq_sum = None if deterministic and causal else lse.new_empty(q.shape)
-    turns = torch.empty_like(lse, dtype=torch.int32) if deterministic and not causal else None
+    turns = lse.new_empty(lse.numel() + 1, dtype=torch.int32) if deterministic and not causal and lse.numel() else None
     lengths = (bounds, bounds_k, q.shape[0], k.shape[0])
     if not rows:
         count = max(bounds.numel() - 1, 1)

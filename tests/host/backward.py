@@ -121,9 +121,9 @@ class _Function(torch.autograd.Function):
         workspace = [guard(nan(lse.shape), strided=False) for _ in range(2)]
         if op.way != "two passes":
             workspace.append(guard(nan(q.shape), strided=False))
-        if op.way == "in turn":
+        if op.way == "in turn" and q.numel():  # without a query there is no dq, nor an address of it
             assert not (causal or op.shuffled)
-            workspace.append(guard(torch.full(lse.shape, UNTAKEN, dtype=torch.int32), strided=False))
+            workspace.append(guard(torch.full((lse.numel() + 1,), UNTAKEN, dtype=torch.int32), strided=False))
         rows, key_rows = op.backward_rows(q.shape[2])
         work = op.ordered(tiles(lengths, keys, q.shape[1], rows, causal))
         by_keys = op.ordered(key_tiles(lengths, keys, k.shape[1], key_rows, causal))
@@ -137,7 +137,7 @@ class _Function(torch.autograd.Function):
         )  # fmt: skip
         function = load(_library("bwd_sm80", op.csrc)).backward_sm80
         op.launch(function, ctypes.byref(args), b"row_sums", rows)
-        grid = min(op.resident, len(by_keys)) if op.way == "in turn" else None
+        grid = min(op.resident, len(by_keys)) if op.way == "in turn" and q.numel() else None
         op.launch(function, ctypes.byref(args), b"keys", key_rows, grid=grid)
         op.launch(function, ctypes.byref(args), b"queries" if op.way == "two passes" else b"round", rows)
         results = [x.view.clone() for x in outputs]

@@ -106,7 +106,7 @@ def sanitized_backward(program: Path, folder: Path, op: Attention, case: Case) -
     if op.way != "two passes":
         buffers["dq_sum"] = torch.full(o.shape, torch.nan)
     if op.way == "in turn":
-        buffers["turns"] = torch.full(lse.shape, UNTAKEN, dtype=torch.int32)
+        buffers["turns"] = torch.full((lse.numel() + 1,), UNTAKEN, dtype=torch.int32)
     problem = op.problem(*tensors.values(), o, lse, buffers["tiles"], case.dim**-0.5, case.causal)
     strided = {f"{n}_stride_{a}": buffers[n].stride(i) for n in ("grad", "dq", "dk", "dv") for i, a in enumerate("th")}
     args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), resident=GRID, **strided)

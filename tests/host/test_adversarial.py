@@ -60,7 +60,7 @@ def test_offsets_beyond_2_31(axis):
         found = [o.clone(), lse]
         grads = {name: output() for name in ("dq", "dk", "dv")}
         workspace = [torch.full(size, torch.nan) for size in (lse.shape, lse.shape, shape)]
-        turns = torch.full(lse.shape, UNTAKEN, dtype=torch.int32)
+        turns = torch.full((lse.numel() + 1,), UNTAKEN, dtype=torch.int32)
         views = {"grad": grad, **grads}
         for way in WAYS:
             args = VarlenAttentionBackward(

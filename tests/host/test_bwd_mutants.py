@@ -29,17 +29,17 @@ def check_races(csrc) -> None:
         check_values(csrc, races=True, seed=seed)
 
 
-B, R = "bwd_sm80.cuh", "rows_sm80.cuh"
+B, R, S = "bwd_sm80.cuh", "rows_sm80.cuh", "bwd_rows.cuh"
 BARRIER = "      barrier();  // this step's rows are here for all, and nobody reads the last step's any more\n"
 SLOPES = "        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it\n"
 WAIT = "        if (IN_TURN && thread == THREADS - 33) wait_for_turn(args, index, step);\n"
 PASS = "        if (IN_TURN && thread == THREADS - 1) pass_turn(args, index, step);\n"
 QUERY_STAGE = "      if (step + 1 < steps) load_step(p, index"
-KEY_STAGE = "      if (step + 1 < steps) statistic = load_step(args, index"
+KEY_STAGE = "      if (step + 1 < steps()) statistic = load_step(args, index"
 
 # name -> (file, old, new, check that catches it)
 MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
-    "dq_sum is not cleared": (B, "target[piece] = Words4{};", "(void)target;", check_values),
+    "dq_sum is not cleared": (S, "target[piece] = Words4{};", "(void)target;", check_values),
     "weights from the wrong scale": (
         B, "x = exp2_fast(fmaf(x, scale_log2, -shift));", "x = exp2_fast(fmaf(x, 0.693f * scale_log2, -shift));", check_values),
     "lse of another row": (
@@ -48,10 +48,10 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "do is read with the strides of o": (
         B, "args.grad, first, args.grad_stride_t, queries.head * args.grad_stride_h,",
         "args.grad, first, p.o_stride_t, queries.head * p.o_stride_h,", check_values),
-    "a row without keys has lse -inf": (B, "lse == -INFINITY ? INFINITY : lse", "lse", check_values),
+    "a row without keys has lse -inf": (S, "lse == -INFINITY ? INFINITY : lse", "lse", check_values),
     "the group's last head is left out": (
-        B, "(tile.rows + STEP - 1) / STEP * (p.H / p.Hk);", "(tile.rows + STEP - 1) / STEP * ((p.H / p.Hk + 1) / 2);",
-        check_values),
+        B, "(tile.rows + STEP - 1) / STEP * (args.problem.H / args.problem.Hk);",
+        "(tile.rows + STEP - 1) / STEP * ((args.problem.H / args.problem.Hk + 1) / 2);", check_values),
     "the group's first head for all": (
         B, "head = tile.head * group + past;", "head = tile.head * group;", check_values),
     "causal mask of dk one too far": (
@@ -83,14 +83,14 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "the same stage twice": (
         B, "memory + STAGE_OFFSET + (step + 1) % STAGES * STAGE);\n\n      Step s, slope;",
         "memory + STAGE_OFFSET + step % STAGES * STAGE);\n\n      Step s, slope;", check_races),
-    "turns are not cleared": (B, "args.turns[place] = 0;", "(void)args.turns;", test_bwd_sm80.check_turns),
+    "turns are not cleared": (S, "args.turns[place] = 0;", "(void)args.turns;", test_bwd_sm80.check_turns),
     "nothing waits for its turn": (
         B, WAIT, "", test_bwd_sm80.check_turns),
     "a turn is awaited after the barrier": (
         B, WAIT + SLOPES, SLOPES + WAIT, test_bwd_sm80.check_turns),
     "a turn is passed on before all have added": (B, WAIT, WAIT + PASS, test_bwd_sm80.check_turns),
     "the last turn is not passed on": (
-        B, "    if (IN_TURN && steps > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps - 1);\n", "",
+        B, "    if (IN_TURN && steps() > 0 && thread_index() == THREADS - 1) pass_turn(args, index, steps() - 1);\n", "",
         test_bwd_sm80.check_turns),
     "one turn too early": (
         B, "wait_for(count_of(args, tile, queries), queries.turn(tile));",
@@ -102,6 +102,14 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
         B, "(tile.block <= last ? 0 : tile.blocks);", "(tile.block < last ? 0 : tile.blocks);", test_bwd_sm80.check_turns),
     "around the steps although blocks may start late": (
         B, "tile.blocks <= args.resident / 2 ?", "tile.blocks <= 4 * args.resident ?", test_bwd_sm80.check_turns),
+    "the count of tiles is not cleared": (S, "args.turns[count] = 0;", "(void)count;", test_bwd_sm80.check_turns),
+    "a tile is left out": (
+        B, "block_count() + count_up(args.turns", "block_count() + 1 + count_up(args.turns", test_bwd_sm80.check_turns),
+    "no barrier before the tile is read": (
+        B, "      barrier();  // the tile is there\n", "", test_bwd_sm80.check_turns),
+    "no barrier before the tile is replaced": (
+        B, "      barrier();  // the number is there, and no warp needs the tile before it any more\n", "",
+        test_bwd_sm80.check_turns),
     "no meeting before the rows are read back": (
         R, "    warp_barrier();\n    if (lane >= PIECES", "    if (lane >= PIECES", check_races),
 }  # fmt: skip

@@ -175,11 +175,16 @@ def check_turns(csrc=build.CSRC) -> None:
 
     Around the steps where all blocks of a segment run at once (5 of 20 resident ones), one behind the other where they may not.
     """
-    for lengths, keys, heads, dim in (([270, 64, 20, 1], None, 4, 80), ([33, 70], [180, 3], 2, 64)):
+    for lengths, keys, heads, dim, sizes in (
+        ([270, 64, 20, 1], None, 4, 80, ((64, 20), (64, 3), (128, 12))),
+        ([33, 70], [180, 3], 2, 64, ((64, 20), (64, 3), (128, 12))),
+        ([70, 70, 20, 70], None, 2, 64, ((64, 4),)),
+    ):
         tensors, rest = sample(lengths, keys=keys, heads=heads, heads_k=heads // 2, dim=dim)
-        for rows, resident in ((64, 20), (64, 3), (128, 12)):
+        for rows, resident in sizes:
             op = Attention(rows, "in turn", resident=resident, csrc=csrc)
             expected = gradients(op, tensors, rest)
+            assert all(x.isfinite().all() for x in expected.values())
             for seed in range(1, 4):
                 for name, x in gradients(dataclasses.replace(op, seed=seed), tensors, rest).items():
                     assert same_bits(x, expected[name]), f"{name}, seed {seed}, {op}"
