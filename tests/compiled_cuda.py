@@ -90,6 +90,21 @@ def instructions(code: str) -> list[tuple[int, str]]:
     return [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
 
 
+def unordered(code: list[str]) -> list[str]:
+    """Stores for other blocks (`publish`) without a fence just before them, and loads of what others stored (`wait_for`) behind
+    which L1 is not emptied before the next barrier.
+    """
+    found = []
+    for at, text in enumerate(code):
+        if "STG.E.STRONG.GPU" in text and not any("MEMBAR.ALL.GPU" in t for t in code[max(at - 4, 0) : at]):
+            found.append(text)
+        if "LDG.E.STRONG.GPU" in text:
+            rest = code[at : next((i for i in range(at, len(code)) if "BAR.SYNC" in code[i]), len(code))]
+            if not any("CCTL.IVALL" in t for t in rest):
+                found.append(text)
+    return found
+
+
 def turn(loop: list[str]) -> dict[str, int]:
     """How many instructions a turn of a main loop has, in all and of each kind."""
     kinds = {key: sum(bool(re.search(rf"\b(?:{p})", t)) for t in loop) for key, p in INSTRUCTIONS.items() if loop}
@@ -136,17 +151,21 @@ def _functions(flags: tuple[str, ...]) -> dict[str, dict[str, str]]:
     return found
 
 
+def disassembly() -> dict[str, dict[str, list[tuple[int, str]]]]:
+    """arch -> kernel -> instructions."""
+    return {arch: {n: instructions(t) for n, t in names.items()} for arch, names in _functions(("-sass",)).items()}
+
+
 def table() -> dict[str, Any]:
     """Everything that docs/cuda_registers.json holds."""
     from qwen2vl_fast import _C
 
-    usage, code, sizes = _functions(("-res-usage",)), _functions(("-sass",)), shared_bytes()
+    usage, code, sizes = _functions(("-res-usage",)), disassembly(), shared_bytes()
     rows: dict[str, Any] = {}
     for arch, names in sorted(code.items()):
         registers, shared, threads, reserve = LIMITS[arch]
-        for name, text in sorted(names.items()):
+        for name, lines in sorted(names.items()):
             number = {key: int(re.search(rf"{key}:(\d+)", usage[arch][name])[1]) for key in ("REG", "STACK", "LOCAL")}
-            lines = instructions(text)
             loop = main_loop(lines)
             count, dynamic = sizes[name]
             by_registers = registers // (-(-number["REG"] // 8) * 8 * count)

@@ -15,10 +15,12 @@ from tests.compiled_cuda import (
     TABLE,
     backward_clocks,
     clocks,
+    disassembly,
     document,
     main_loop,
     shared_clocks,
     table,
+    unordered,
     waits,
 )
 
@@ -111,6 +113,25 @@ def test_the_price_of_small_blocks():
     assert positions._SMALL_STEP == round(sum(added) / len(added), 2)
     assert all(abs(price - positions._SMALL_STEP) < 0.03 for price in added)
     assert max(prices("two passes", 80)) < 1.09 * positions._SMALL_STEP
+
+
+def test_turns_are_passed_with_fences():
+    """A host sees no difference between `publish` and a store without its order; the machine code shows it."""
+    code = disassembly()
+    ends = {"STG.E.STRONG.GPU": 2, "LDG.E.STRONG.GPU": 1}  # passed on after a step, and after the last; awaited
+    for arch in DEVICE_CODE.values():
+        found = {name: [text for _, text in lines] for name, lines in code[arch].items() if "in turn" in name}
+        assert len(found) == 10
+        for name, lines in found.items():
+            counts = {word: sum(word in text for text in lines) for word in ends}
+            assert counts == ends and not unordered(lines), f"{name} {arch}: {counts} {unordered(lines)}"
+
+
+def test_a_missing_fence_is_seen():
+    right = ["MEMBAR.ALL.GPU", "ERRBAR", "STG.E.STRONG.GPU [R2], R1", "LDG.E.STRONG.GPU R3, [R4]", "CCTL.IVALL", "BAR.SYNC"]
+    assert unordered(right) == []
+    assert unordered(right[1:]) == ["STG.E.STRONG.GPU [R2], R1"]
+    assert unordered([*right[:4], "BAR.SYNC", "CCTL.IVALL"]) == ["LDG.E.STRONG.GPU R3, [R4]"]
 
 
 def test_products_are_those_that_the_algorithm_needs():
