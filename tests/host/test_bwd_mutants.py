@@ -34,6 +34,8 @@ BARRIER = "      barrier();  // this step's rows are here for all, and nobody re
 SLOPES = "        barrier();  // all of dS is there; the next step's first barrier keeps it until all have read it\n"
 WAIT = "        if (IN_TURN && thread == THREADS - 33) wait_for_turn(args, index, step);\n"
 PASS = "        if (IN_TURN && thread == THREADS - 1) pass_turn(args, index, step);\n"
+TAKE = "    if (IN_TURN && thread_index() == 0) store_shared(memory + NUMBER_OFFSET, static_cast<uint32_t>(take_tile(args)));\n"
+THERE = "      barrier();  // the tile is there\n"
 QUERY_STAGE = "      if (step + 1 < steps) load_step(p, index"
 KEY_STAGE = "      if (step + 1 < steps()) statistic = load_step(args, index"
 
@@ -105,8 +107,10 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "the count of tiles is not cleared": (S, "args.turns[count] = 0;", "(void)count;", test_bwd_sm80.check_turns),
     "a tile is left out": (
         B, "block_count() + count_up(args.turns", "block_count() + 1 + count_up(args.turns", test_bwd_sm80.check_turns),
+    "the next tile is taken when one is begun": (
+        B, THERE, THERE + TAKE, test_bwd_sm80.check_turns),
     "no barrier before the tile is read": (
-        B, "      barrier();  // the tile is there\n", "", test_bwd_sm80.check_turns),
+        B, THERE, "", test_bwd_sm80.check_turns),
     "no barrier before the tile is replaced": (
         B, "      barrier();  // the number is there, and no warp needs the tile before it any more\n", "",
         test_bwd_sm80.check_turns),
