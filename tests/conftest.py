@@ -17,8 +17,8 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[True, False], ids=["two passes", "dq added"])
-def two_passes(request: pytest.FixtureRequest, poison: None) -> bool:
+@pytest.fixture(params=[True, False], ids=["deterministic", "dq added"])
+def deterministic(request: pytest.FixtureRequest, poison: None) -> bool:
     """Whether gradients of attention are deterministic by default."""
     torch.use_deterministic_algorithms(request.param)
     return request.param

@@ -31,7 +31,7 @@ def steps(lengths: Sequence[int], heads: int, rows: int, step: int, resident: in
 
 
 def _around(start: np.ndarray, count: int, late: float) -> np.ndarray:
-    """Ends of the blocks of a segment that begin count / blocks steps apart and go around, as turn_of orders them."""
+    """Ends of the blocks of a segment that begin count / blocks steps apart and go around, as Queries::turn orders them."""
     blocks = len(start)
     space = count // blocks
     block = np.arange(blocks)

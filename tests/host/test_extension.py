@@ -16,7 +16,7 @@ from qwen2vl_fast import ops, positions, reference
 from qwen2vl_fast.ops import attention_cuda
 from qwen2vl_fast.ops.backends import extension_error
 from qwen2vl_fast.ops.vision_attention import vision_attention
-from tests.compare import Call, bounds_of, evaluate, judge, same_bits, upstream_of
+from tests.compare import Call, bounds_of, evaluate, guard, judge, same_bits, upstream_of
 from tests.host import extension as host
 from tests.host.backward import key_tiles
 from tests.host.runner import packed_bounds
@@ -235,6 +235,27 @@ def test_who_chooses_the_way_to_dq(extension, monkeypatch, switch):
         assert launched() == (same if (switch if asked is None else asked) else added), (causal, asked)
     with_gradient(vision_attention, torch.randn(112, 3, 2, 80).bfloat16(), pack("cpu"))
     assert launched() == (in_turn if switch else added)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_workspace_is_large_enough(extension, monkeypatch, deterministic):
+    """Nothing is written around it, and it may hold anything before."""
+    tensors, rest = sample([70, 20], heads=4)
+    leaves = [x.detach().requires_grad_() for x in tensors.values()]
+    o = op(*leaves, **rest, deterministic=deterministic)
+    made, new_empty = [], torch.Tensor.new_empty
+
+    def guarded(*arguments, **options):
+        made.append(guard(new_empty(*arguments, **options).fill_(77), strided=False))
+        return made[-1].view
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    grads = torch.autograd.grad(o, leaves, torch.ones_like(o))
+    monkeypatch.undo()
+    assert len(made) == (3 if deterministic else 2) and all(x.isfinite().all() for x in grads)
+    for workspace in made:
+        workspace.view.fill_(77)
+        workspace.check("workspace")
 
 
 def test_no_second_derivative(extension):
