@@ -105,8 +105,8 @@ def backward(
     """Writes dq, dk, dv into `grads`, whose rows start at multiples of 16 bytes; a list that is None is built on the device.
 
     rows: of the lists' blocks; 0, where there is none, is chosen as for equal lengths, since the host knows no others.
-    deterministic: dq is added in turn or, under a causal mask, where most blocks would wait for others, by a second pass; else
-    as blocks come. In turn the size of blocks may change bits; else it changes none but dq's as blocks come.
+    deterministic: dq is added in turn or, under a causal mask, made by a second pass; else it is added as blocks come. In turn
+    the size of blocks may change bits; else it changes none but dq's as blocks come.
     """
     from .. import _C
 
