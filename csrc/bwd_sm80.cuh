@@ -273,9 +273,12 @@ struct BackwardKeys : RowsSm80<BF16, D, M_TILES, STEP_> {
 
   static DEV void run(const VarlenAttentionBackward& args) {
     const uint32_t memory = shared_memory();
-    if constexpr (IN_TURN) return run_as_free(args, memory);
-    for (int index = block_index(); index < args.key_tile_count; index += block_count()) {
-      if (args.key_tiles[index].keys > 0) run_tile(args, index, memory);
+    if constexpr (IN_TURN) {
+      run_as_free(args, memory);
+    } else {
+      for (int index = block_index(); index < args.key_tile_count; index += block_count()) {
+        if (args.key_tiles[index].keys > 0) run_tile(args, index, memory);
+      }
     }
   }
 
