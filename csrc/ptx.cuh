@@ -224,12 +224,13 @@ DEV void publish(int* place, int value) {
 #endif
 }
 
-// Until `place` holds at least `value`.
+// Until `place` holds at least `value`; after some minutes in vain the launch fails.
 DEV void wait_for(const int* place, int value) {
 #ifdef __CUDACC__
-  int found;
+  int found, left = 1 << 28;
   do {
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(place) : "memory");
+    if (--left == 0) asm volatile("trap;");
   } while (found < value);
 #else
   host::wait_for(place, value);
