@@ -14,6 +14,8 @@ from .offsets import LIMIT, blocks_of, offset, refuse, wide
 from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # 8 columns of 4 rows a thread: 4 loads of 16 bytes in fp16 at a time
+ODD_T = 2  # of a width that is no multiple of 16: columns that are loaded singly have an address each, and would spill
+DOUBLE_T, DOUBLE_F = 1, 512  # in float64: 4 columns a thread, since the backward passes, erf above all, would spill
 CHUNKS = 128  # of the rows in a backward pass with a bias: each leaves one row of partial sums
 GELU_BACKWARD_T = 2  # with a bias: by 4 its registers would leave no place for all 640 programs of 5120 columns at once
 
@@ -151,10 +153,11 @@ def launch(x: torch.Tensor, bias: torch.Tensor | None, is_quick: bool) -> torch.
     y = torch.empty_like(given, memory_format=torch.contiguous_format)
     bias = None if bias is None else bias.contiguous()
     if rows:
+        tile = _tile(x, width)
         start(
-            _activation_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
+            _activation_kernel, _blocks(rows, width, tile),
             (x, x if bias is None else bias, y), (rows,), (x.stride(0),),
-            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta()}, NUM_WARPS,
+            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **tile}, NUM_WARPS,
         )  # fmt: skip
     return y
 
@@ -168,7 +171,10 @@ def launch_backward(
     if rows >= LIMIT or width >= LIMIT:
         refuse(max(rows, width))
     grad_x = torch.empty_like(given, memory_format=torch.contiguous_format)
-    block_t = BLOCK_T if is_quick or bias is None else GELU_BACKWARD_T
+    tile = _tile(x, width)
+    if bias is not None and not is_quick:
+        tile["BLOCK_T"] = min(tile["BLOCK_T"], GELU_BACKWARD_T)
+    block_t = tile["BLOCK_T"]
     per_chunk = block_t * (1 if bias is None else max(4, blocks_of(rows, block_t * CHUNKS)))
     chunks = blocks_of(rows, per_chunk)
     grad_bias = partial = None
@@ -178,10 +184,10 @@ def launch_backward(
         partial = torch.empty((chunks, 1, width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if rows:
         start(
-            _activation_backward_kernel, _blocks(chunks, width),
+            _activation_backward_kernel, chunks * blocks_of(width, tile["BLOCK_F"]),
             (grad, x, x if bias is None else bias, grad_x, x if partial is None else partial),
             (rows, per_chunk), (grad.stride(0), x.stride(0)),
-            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **_meta(), "BLOCK_T": block_t}, NUM_WARPS,
+            {"F": width, "IS_QUICK": is_quick, "HAS_BIAS": bias is not None, **tile}, NUM_WARPS,
         )  # fmt: skip
     if partial is not None:
         sums.launch(partial, [grad_bias])
@@ -196,8 +202,9 @@ def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         refuse(max(rows, width))
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
     if rows:
-        blocks = _blocks(blocks_of(rows, BLOCK_T), width)
-        start(_swiglu_kernel, blocks, (x, y), (rows,), (x.stride(0),), {"F": width, **_meta()}, NUM_WARPS)
+        tile = _tile(x, width)
+        blocks = _blocks(rows, width, tile)
+        start(_swiglu_kernel, blocks, (x, y), (rows,), (x.stride(0),), {"F": width, **tile}, NUM_WARPS)
     return y
 
 
@@ -209,19 +216,22 @@ def launch_swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
         refuse(max(rows, width))
     grad_x = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     if rows:
+        tile = _tile(x, width)
         start(
-            _swiglu_backward_kernel, _blocks(blocks_of(rows, BLOCK_T), width),
-            (grad, x, grad_x), (rows,), (grad.stride(0), x.stride(0)), {"F": width, **_meta()}, NUM_WARPS,
+            _swiglu_backward_kernel, _blocks(rows, width, tile),
+            (grad, x, grad_x), (rows,), (grad.stride(0), x.stride(0)), {"F": width, **tile}, NUM_WARPS,
         )  # fmt: skip
     return grad_x
 
 
-def _meta() -> dict[str, int]:
-    return {"BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F}
+def _tile(x: torch.Tensor, width: int) -> dict[str, int]:
+    if x.dtype == torch.float64:
+        return {"BLOCK_T": DOUBLE_T, "BLOCK_F": DOUBLE_F}
+    return {"BLOCK_T": ODD_T if width % 16 else BLOCK_T, "BLOCK_F": BLOCK_F}
 
 
-def _blocks(row_blocks: int, width: int) -> int:
-    return row_blocks * blocks_of(width, BLOCK_F)
+def _blocks(rows: int, width: int, tile: dict[str, int]) -> int:
+    return blocks_of(rows, tile["BLOCK_T"]) * blocks_of(width, tile["BLOCK_F"])
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .offsets import LIMIT, blocks_of, offset, refuse, wide
 from .starting import start
 
 BLOCK_T, BLOCK_F, NUM_WARPS = 4, 1024, 4  # as the activations of one tensor
+ODD_T, DOUBLE_T, DOUBLE_F = 2, 1, 512  # of a width that is no multiple of 16; in float64
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         refuse(max(rows, width))
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if rows:
-        start(_gated_kernel, _blocks(rows, width), (a, b, y), (rows,), (a.stride(0), b.stride(0)), _constants(width), NUM_WARPS)
+        constants = _constants(a)
+        start(_gated_kernel, _blocks(rows, constants), (a, b, y), (rows,), (a.stride(0), b.stride(0)), constants, NUM_WARPS)
     return y
 
 
@@ -76,19 +78,23 @@ def launch_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) ->
         refuse(max(rows, width))
     grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     if rows:
+        constants = _constants(a)
         start(
-            _gated_backward_kernel, _blocks(rows, width), (g, a, b, grad_gate, grad_up), (rows,),
-            (g.stride(0), a.stride(0), b.stride(0)), _constants(width), NUM_WARPS,
+            _gated_backward_kernel, _blocks(rows, constants), (g, a, b, grad_gate, grad_up), (rows,),
+            (g.stride(0), a.stride(0), b.stride(0)), constants, NUM_WARPS,
         )  # fmt: skip
     return grad_gate, grad_up
 
 
-def _constants(width: int) -> dict[str, int]:
-    return {"F": width, "BLOCK_T": BLOCK_T, "BLOCK_F": BLOCK_F}
+def _constants(x: torch.Tensor) -> dict[str, int]:
+    width = x.shape[1]
+    if x.dtype == torch.float64:
+        return {"F": width, "BLOCK_T": DOUBLE_T, "BLOCK_F": DOUBLE_F}
+    return {"F": width, "BLOCK_T": ODD_T if width % 16 else BLOCK_T, "BLOCK_F": BLOCK_F}
 
 
-def _blocks(rows: int, width: int) -> int:
-    return blocks_of(rows, BLOCK_T) * blocks_of(width, BLOCK_F)
+def _blocks(rows: int, constants: dict[str, int]) -> int:
+    return blocks_of(rows, constants["BLOCK_T"]) * blocks_of(constants["F"], constants["BLOCK_F"])
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

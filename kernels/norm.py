@@ -19,7 +19,6 @@ TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and ele
 BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 2048, 512, 2  # stages: tiles under way while one is worked on
 PROGRAMS = 512  # of a backward pass on many rows: each leaves one row of partial sums
 ROWS = 4  # tiles at least that share one row of partial sums
-MAX_WIDTH = 65536
 
 
 @triton.jit
@@ -102,13 +101,16 @@ def _norm_backward_kernel(
 
 
 @functools.cache
-def tile(width: int, elements: int, per_warp: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program. By the width alone, so that a row has the same bits in every pack."""
-    if width > MAX_WIDTH:
-        raise ValueError(f"width: expected at most {MAX_WIDTH} for the triton backend, got {width}; use backend='torch'")
-    columns = power_of_two(width)
+def tile(width: int, size: int, elements: int, per_warp: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program, for elements of `size` bytes.
+
+    By width and dtype alone, so that a row has the same bits in every pack.
+    """
+    columns, most = power_of_two(width), 32
+    if size == 8:  # which takes two registers; a thread of more than 8 warps has too few
+        elements, per_warp, most = elements // 2, per_warp // 2, 8
     rows = max(1, min(elements // columns, 16))
-    return rows, columns, max(1, min(rows * columns // per_warp, 32))
+    return rows, columns, max(1, min(rows * columns // per_warp, most))
 
 
 def launch(
@@ -133,7 +135,7 @@ def launch(
     total = None if residual is None else torch.empty_like(y)
     residual = x if residual is None else _rows(residual)
     if count:
-        block_t, block_c, warps = tile(width, TILE, PER_WARP)
+        block_t, block_c, warps = tile(width, x.element_size(), TILE, PER_WARP)
         start(
             _norm_kernel, blocks_of(count, block_t),
             (
@@ -170,7 +172,7 @@ def launch_backward(
     grad = grad.contiguous()
     has_total = grad_total is not None
     grad_total = grad_total.contiguous() if has_total else grad
-    block_t, block_c, warps = tile(width, BACKWARD_TILE, BACKWARD_PER_WARP)
+    block_t, block_c, warps = tile(width, x.element_size(), BACKWARD_TILE, BACKWARD_PER_WARP)
     # Each program takes the same number of rows whatever the device, so that sums over them are the same everywhere.
     per_program = block_t * max(ROWS, blocks_of(count, block_t * PROGRAMS))
     programs = blocks_of(count, per_program)

@@ -234,7 +234,7 @@ OPS_MUTANTS = [
     ("ops/attention.py", "always causal", "return (None, mask) if isinstance(mask, bool)",
      "return (None, True) if isinstance(mask, bool)", in_ops(attention.check_exact, F16)),
     ("ops/backends.py", "another backend in silence",
-     'if reason := unusable(op, backend, device) or (cuda_refuses if backend == "cuda" else None):',
+     'if reason := unusable(op, backend, device) or (refused if backend == _PREFERRED[op] else None):',
      'if unusable(op, backend, device):\n            return "torch"\n        if reason := None:',
      of("ops_backends", registration.check_explicit_backend, "mrope", "flash", keyword="module")),
     ("config.py", "YaRN with another ramp", 'self.rope.get("beta_fast") or 32', 'self.rope.get("beta_fast") or 16',

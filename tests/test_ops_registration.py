@@ -478,6 +478,16 @@ def test_the_fastest_is_chosen(simulated_device, monkeypatch):
         assert choose("mrope", None, CUDA) == "triton"
 
 
+def test_tensors_that_the_preferred_backend_refuses(simulated_device, monkeypatch):
+    """Too wide a row, say: the next backend runs, with a warning that has the reason."""
+    monkeypatch.setattr(module, "unusable", lambda op, name, device=None: None if name in ("torch", "triton") else "no")
+    with pytest.warns(UserWarning, match="rms_norm runs on the torch backend: too wide"):
+        assert choose("rms_norm", None, CUDA, "too wide") == "torch"
+    assert choose("rms_norm", "torch", CUDA, "too wide") == "torch"
+    with pytest.raises(RuntimeError, match="backend 'triton' can't run rms_norm: too wide"):
+        choose("rms_norm", "triton", CUDA, "too wide")
+
+
 def test_a_model_wide_backend(monkeypatch):
     """`using` reaches the ops that have this backend, leaves the others their choice, and ends with its block."""
     monkeypatch.setattr(module, "_WRITTEN", {**module._WRITTEN, "flash": ("varlen_attention",)})

@@ -209,10 +209,10 @@ def unusable(op: str, backend: str, device: str | torch.device | None = None) ->
     return None
 
 
-def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str | None = None) -> str:
+def choose(op: str, backend: str | None, device: torch.device, refused: str | None = None) -> str:
     """The backend that will run `op`: the one asked for, or the fastest that can.
 
-    cuda_refuses: why the extension can't take these very tensors, if it can't.
+    refused: why the backend that was made for op can't take these very tensors, if it can't.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here. The first time
     that a CUDA tensor gets less than the backend made for it, a warning says which and why. What is found is remembered.
@@ -223,7 +223,7 @@ def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str
             backend = wanted
     elif type(backend) is not str:
         _known(backend)
-    key = op, backend, device, cuda_refuses
+    key = op, backend, device, refused
     name = _chosen.get(key)
     if name is None:
         name = _choose(*key)
@@ -232,21 +232,21 @@ def choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str
     return name
 
 
-def _choose(op: str, backend: str | None, device: torch.device, cuda_refuses: str | None) -> str:
+def _choose(op: str, backend: str | None, device: torch.device, refused: str | None) -> str:
     global _warned
     if backend is not None:
         _known(backend)
-        if reason := unusable(op, backend, device) or (cuda_refuses if backend == "cuda" else None):
+        if reason := unusable(op, backend, device) or (refused if backend == _PREFERRED[op] else None):
             raise RuntimeError(f"backend {backend!r} can't run {op}: {reason}")
         return backend
     for name in BACKENDS:
-        if name == "cuda" and cuda_refuses:
+        if name == _PREFERRED[op] and refused:
             continue
         if unusable(op, name, device) is None and (name != "triton" or device.type == "cuda"):
             break
     if device.type == "cuda" and name != _PREFERRED[op] and not _warned:
         _warned = True
-        reason = unusable(op, _PREFERRED[op], device) or cuda_refuses
+        reason = unusable(op, _PREFERRED[op], device) or refused
         warnings.warn(
             f"{op} runs on the {name} backend: {reason}. qwen2vl_fast.backends() lists every op; this is said once.",
             stacklevel=4,

@@ -12,7 +12,7 @@ from ..positions import check_grid, check_grid_shape
 from ..reference import raster_to_merge_order
 from . import checks
 from .backends import choose, define
-from .norm import _launched_backward, _layer_norm, _layer_norm_grad
+from .norm import _launched_backward, _layer_norm, _layer_norm_grad, too_wide
 
 
 def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend: str | None = None):
@@ -40,7 +40,7 @@ def merge_patches(x, weight, bias, *, eps: float = 1e-6, grid_thw=None, backend:
         checks.same(name, parameter, "x", x)
         checks.shape(name, parameter, (x.shape[1],), "[D]")
     checks.number("eps", eps)
-    name = choose("merge_patches", backend, x.device)
+    name = choose("merge_patches", backend, x.device, too_wide(x))
     if grid_thw is None:
         return _layer_norm(x, weight, bias, eps, name).view(-1, 4 * x.shape[1])
     check_grid_shape("grid_thw", grid_thw)

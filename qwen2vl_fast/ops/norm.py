@@ -62,7 +62,15 @@ def _check(op: str, x, residual, eps, backend, *parameters) -> str:
         if residual is not None:
             checks.same("residual", residual, "x", x)
             checks.shape("residual", residual, tuple(x.shape), "x's shape")
-    return choose(op, backend, x.device)
+    return choose(op, backend, x.device, too_wide(x))
+
+
+def too_wide(x) -> str | None:
+    """Why the triton backend can't take these rows, which it keeps in the registers of one multiprocessor, if it can't."""
+    width, most = x.shape[-1], 2048 if x.dtype == torch.float64 else 4096
+    if width <= most or width <= 2 * most and width % 16 == 0:
+        return None
+    return f"it takes {most} columns of {x.dtype}, or {2 * most} in multiples of 16, and these are {width}"
 
 
 @functools.cache

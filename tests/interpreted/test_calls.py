@@ -119,6 +119,26 @@ def test_bad_input_starts_no_kernel():
     assert len(launches) == 1
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 4096), (torch.float32, 4096), (torch.float64, 2048)])
+def test_rows_that_spill_are_refused(dtype, most, device):
+    """Before any launch; nobody's choice of a backend takes them there."""
+    for width, fits in ((most, True), (most + 1, False), (most + 8, False), (2 * most, True), (2 * most + 16, False)):
+        x = torch.ones(4, width, device=device, dtype=dtype)
+        for call in (
+            lambda x: ops.rms_norm(x, x[0], eps=1e-6, backend="triton"),
+            lambda x: ops.layer_norm(x, x[0], x[0], eps=1e-6, residual=x, backend="triton"),
+            lambda x: ops.merge_patches(x, x[0], x[0], backend="triton"),
+            lambda x: ops.merge_patches(x, x[0], x[0], grid_thw=torch.tensor([[1, 2, 2]]), backend="triton"),
+        ):
+            with recorded() as launches:
+                if fits:
+                    call(x)
+                else:
+                    with pytest.raises(RuntimeError, match=f"it takes {most} columns of {dtype}, or .* and these are {width}"):
+                        call(x)
+            assert len(launches) == fits
+
+
 @pytest.mark.parametrize("count", [LIMIT, 2**31, 2**33])
 def test_more_rows_than_32_bits_count_are_refused(count, device):
     """Before anything is allocated or started; a kernel counts rows in int32, and its last block reaches beyond them."""

@@ -59,6 +59,13 @@ def test_rule(kind, dtype, device, one_program_for_all_heads):
         sweep(check_rule, range(first, 4, 3), kind=kind, dtype=dtype, device=device, layout=layout)
 
 
+@every_kind
+def test_rule_in_float64(kind, device):
+    """Whose tiles are smaller. Each kind that has tiles of columns gets more of them than one holds."""
+    for first, layout in enumerate(LAYOUTS):
+        sweep(check_rule, [270 + first], kind=kind, dtype=torch.float64, device=device, layout=layout)
+
+
 @pytest.mark.parametrize("kind", ["mrope_batch", "vision_rope", "merge_patches", "rms_norm", "swiglu"])  # all: test_many
 def test_isolation_and_determinism(kind, device):
     sweep(check_isolation, range(1), kind=kind, dtype=torch.float16, device=device)
