@@ -37,7 +37,7 @@ class Family:
     """module.NAME for each name of `settings` takes each of its values; call(tokens) -> (run, bytes that must move)."""
 
     module: ModuleType
-    settings: dict[str, Sequence[int]]
+    settings: dict[str, Sequence[Any]]
     call: Callable[[int], tuple[Callable[[], Any], int]]
 
 
@@ -113,6 +113,10 @@ ROTATION = {"BLOCK_H": (1, 2, 4), "NUM_WARPS": (1, 2, 4), "SHARE": (1, 2, 4, 8)}
 FORWARD = {"TILE": (1024, 2048, 4096), "PER_WARP": (256, 512, 1024)}
 BACKWARD = {"BACKWARD_TILE": (2048, 4096), "BACKWARD_PER_WARP": (512, 1024), "BACKWARD_STAGES": (1, 2),
             "PROGRAMS": (264, 528), "ROWS": (1, 4)}  # fmt: skip
+PARTED = {"PARTED": ({}, *({1280: (rows, 256, warps), 1536: other}
+                            for (rows, warps), other in (((2, 2), (1, 512, 2)), ((1, 1), (2, 256, 2)), ((2, 4), (1, 512, 4)),
+                                                         ((4, 4), (2, 512, 4))))),
+          "BACKWARD_STAGES": (1, 2), "PROGRAMS": (264, 512, 1024)}  # fmt: skip
 POINTWISE = {"BLOCK_T": (1, 2, 4), "BLOCK_F": (512, 1024, 2048), "NUM_WARPS": (4, 8)}
 GELU_BACKWARD = {"GELU_BACKWARD_T": (1, 2, 4), "BLOCK_F": (512, 1024), "NUM_WARPS": (4, 8), "CHUNKS": (64, 128, 256)}
 FAMILIES = {
@@ -122,7 +126,8 @@ FAMILIES = {
     "layer_norm_1280": Family(norm, FORWARD, normed(1280, True, False, False)),
     "add_layer_norm_1280": Family(norm, FORWARD, normed(1280, True, True, False)),
     "add_rms_norm_3584": Family(norm, FORWARD, normed(3584, False, True, False)),
-    "layer_norm_1280_backward": Family(norm, BACKWARD, normed(1280, True, True, True)),
+    "layer_norm_1280_backward": Family(norm, PARTED, normed(1280, True, True, True)),
+    "rms_norm_1536_backward": Family(norm, PARTED, normed(1536, False, True, True)),
     "rms_norm_3584_backward": Family(norm, BACKWARD, normed(3584, False, True, True)),
     "quick_gelu_5120": Family(activation, POINTWISE, activated(5120, "quick_gelu")),
     "gelu_5120": Family(activation, POINTWISE, activated(5120, "gelu")),
@@ -130,7 +135,7 @@ FAMILIES = {
     "gelu_5120_backward": Family(activation, GELU_BACKWARD, activated(5120, "gelu", True)),
     "gated_18944": Family(gated, POINTWISE, activated(18944, "gated")),
     "swiglu_18944_backward": Family(activation, POINTWISE, activated(18944, "swiglu", True)),
-    "patchify": Family(patchify, {"BLOCK_T": (8, 16, 32), "BLOCK_P": (16, 32, 64), "NUM_WARPS": (2, 4, 8)}, patches),
+    "patchify": Family(patchify, {"BLOCK_T": (4, 8, 16, 32), "BLOCK_P": (32, 64), "NUM_WARPS": (1, 2, 4)}, patches),
     "sums": Family(sums, {"BLOCK_R": (32, 64, 128), "BLOCK_C": (16, 32, 64), "NUM_WARPS": (4, 8)}, partial_sums),
 }
 

@@ -19,6 +19,9 @@ TILE, PER_WARP = 4096, 512  # elements a program, when rows are shorter, and ele
 BACKWARD_TILE, BACKWARD_PER_WARP, BACKWARD_STAGES = 2048, 512, 2  # stages: tiles under way while one is worked on
 PROGRAMS = 512  # of a backward pass on many rows: each leaves one row of partial sums
 ROWS = 4  # tiles at least that share one row of partial sums
+# Of a backward pass in 16 bits, by width: rows, columns of a part of a row, warps. No column idles, and a row's sums cross one
+# warp or two and not four.
+PARTED = {1280: (2, 256, 2), 1536: (1, 512, 2)}
 
 
 @triton.jit
@@ -56,48 +59,79 @@ def _norm_kernel(
     tl.store(y_ptr + target, y, mask=mask)
 
 
+@triton.jit
+def _mean(parts, C: tl.constexpr, PARTS: tl.constexpr):
+    """The means of rows of C columns, [BLOCK_T, 1], whose columns come in parts."""
+    total = parts[0]
+    for i in tl.static_range(1, PARTS):
+        total += parts[i]
+    return (tl.sum(total, 1) / C)[:, None]
+
+
 @triton.jit(do_not_specialize=["T", "rows"])
 def _norm_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, weight_ptr, row_ptr, grad_x_ptr, partial_ptr,
     T, rows, stride_x_t,
     C: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `rows` rows, and their share of the gradients of weight and bias, [programs, 1 or 2, C]."""
+    """Gradients of `rows` rows, and their share of the gradients of weight and bias, [programs, 1 or 2, C].
+
+    A row is PARTS tensors of BLOCK_C columns, since a tensor's width is a power of two: 1280 columns are five of 256.
+    """
     program = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
-    weight = wide(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
-    grad_weight = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
-    grad_bias = tl.zeros((BLOCK_T, BLOCK_C), weight.dtype)
+    weight, grad_weight, grad_bias = (), (), ()
+    for i in tl.static_range(PARTS):
+        weight += (wide(tl.load(weight_ptr + i * BLOCK_C + c, mask=i * BLOCK_C + c < C, other=0.0))[None, :],)
+        grad_weight += (tl.zeros((BLOCK_T, BLOCK_C), weight[0].dtype),)
+        grad_bias += (tl.zeros((BLOCK_T, BLOCK_C), weight[0].dtype),)
     for first in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         t = program * rows + first + tl.arange(0, BLOCK_T)
-        mask = (t < T)[:, None] & (c < C)[None, :]
         source = t
         if HAS_ROWS:
             source = tl.load(row_ptr + t, mask=t < T, other=0)
-        x = wide(tl.load(x_ptr + (offset(source, stride_x_t)[:, None] + c[None, :]), mask=mask, other=0.0))
-        grad = wide(tl.load(grad_ptr + (offset(t, C)[:, None] + c[None, :]), mask=mask, other=0.0))
-        weighted = grad * weight
-        if IS_LAYER:  # two rounds of sums over a row, each of sums that do not wait for one another
-            mean, mean_weighted = tl.sum(x, 1) / C, tl.sum(weighted, 1) / C
-            x = tl.where(mask, x - mean[:, None], 0.0)
-        square, along = tl.sum(x * x, 1) / C, tl.sum(weighted * x, 1) / C
-        scale = tl.rsqrt(square + EPS)
-        unit = x * scale[:, None]
-        grad_x = weighted - unit * (along * scale)[:, None]
-        if IS_LAYER:
-            grad_bias += grad
-            grad_x = grad_x - mean_weighted[:, None]
-        grad_weight += grad * unit
-        grad_x = grad_x * scale[:, None]
+        place, place_x = offset(t, C)[:, None] + c[None, :], offset(source, stride_x_t)[:, None] + c[None, :]
         target = offset(source, C)[:, None] + c[None, :]
-        if HAS_TOTAL:
-            grad_x = grad_x + wide(tl.load(grad_total_ptr + target, mask=mask, other=0.0))
-        tl.store(grad_x_ptr + target, grad_x, mask=mask)
-    share = offset(program, C * (1 + IS_LAYER)) + c
-    tl.store(partial_ptr + share, tl.sum(grad_weight, 0), mask=c < C)
-    if IS_LAYER:
-        tl.store(partial_ptr + C + share, tl.sum(grad_bias, 0), mask=c < C)
+        known, mask, x, grad, weighted = (), (), (), (), ()
+        for i in tl.static_range(PARTS):
+            known += ((i * BLOCK_C + c < C)[None, :],)
+            mask += ((t < T)[:, None] & known[i],)
+            x += (wide(tl.load(x_ptr + i * BLOCK_C + place_x, mask=mask[i], other=0.0)),)
+            grad += (wide(tl.load(grad_ptr + i * BLOCK_C + place, mask=mask[i], other=0.0)),)
+            weighted += (grad[i] * weight[i],)
+        if IS_LAYER:  # two rounds of sums over a row, each of sums that do not wait for one another
+            mean, mean_weighted = _mean(x, C, PARTS), _mean(weighted, C, PARTS)
+            centred = ()
+            for i in tl.static_range(PARTS):  # a row beyond T is zero, and so is its mean
+                centred += (tl.where(known[i], x[i] - mean, 0.0),)
+            x = centred
+        squares, products = (), ()
+        for i in tl.static_range(PARTS):
+            squares += (x[i] * x[i],)
+            products += (weighted[i] * x[i],)
+        square, along = _mean(squares, C, PARTS), _mean(products, C, PARTS)
+        scale = tl.rsqrt(square + EPS)
+        next_weight, next_bias = (), ()
+        for i in tl.static_range(PARTS):
+            unit = x[i] * scale
+            grad_x = weighted[i]
+            if IS_LAYER:
+                grad_x = grad_x - mean_weighted
+                next_bias += (grad_bias[i] + grad[i],)
+            next_weight += (grad_weight[i] + grad[i] * unit,)
+            grad_x = (grad_x - unit * (along * scale)) * scale
+            if HAS_TOTAL:
+                grad_x = grad_x + wide(tl.load(grad_total_ptr + i * BLOCK_C + target, mask=mask[i], other=0.0))
+            tl.store(grad_x_ptr + i * BLOCK_C + target, grad_x, mask=mask[i])
+        grad_weight = next_weight
+        if IS_LAYER:
+            grad_bias = next_bias
+    share = partial_ptr + offset(program, C * (1 + IS_LAYER)) + c
+    for i in tl.static_range(PARTS):
+        tl.store(share + i * BLOCK_C, tl.sum(grad_weight[i], 0), mask=i * BLOCK_C + c < C)
+        if IS_LAYER:
+            tl.store(share + C + i * BLOCK_C, tl.sum(grad_bias[i], 0), mask=i * BLOCK_C + c < C)
 
 
 @functools.cache
@@ -172,7 +206,9 @@ def launch_backward(
     grad = grad.contiguous()
     has_total = grad_total is not None
     grad_total = grad_total.contiguous() if has_total else grad
-    block_t, block_c, warps = tile(width, x.element_size(), BACKWARD_TILE, BACKWARD_PER_WARP)
+    block_t, block_c, warps = (PARTED.get(width) if x.element_size() == 2 else None) or tile(
+        width, x.element_size(), BACKWARD_TILE, BACKWARD_PER_WARP
+    )
     # Each program takes the same number of rows whatever the device, so that sums over them are the same everywhere.
     per_program = block_t * max(ROWS, blocks_of(count, block_t * PROGRAMS))
     programs = blocks_of(count, per_program)
@@ -186,7 +222,7 @@ def launch_backward(
             (count, per_program), (x.stride(0),),
             {
                 "C": width, "EPS": eps, "IS_LAYER": bias is not None, "HAS_TOTAL": has_total, "HAS_ROWS": rows is not None,
-                "BLOCK_T": block_t, "BLOCK_C": block_c, "STAGES": BACKWARD_STAGES,
+                "BLOCK_T": block_t, "BLOCK_C": block_c, "PARTS": blocks_of(width, block_c), "STAGES": BACKWARD_STAGES,
             },
             warps,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qwen2vl_fast import ops, reference
-from qwen2vl_fast.kernels import rope
+from qwen2vl_fast.kernels import norm, rope
 from qwen2vl_fast.kernels.offsets import offset
 from tests.compare import Call, check, check_pair_units, check_units, error, judge, same_bits
 from tests.interpreted.test_gated import check_gated
@@ -361,6 +361,28 @@ def test_automatic_choice_stays_with_torch():
     assert "no triton kernel" in unusable("varlen_attention", "triton", "cpu")
 
 
+def check_parts(device: str, dtype: torch.dtype) -> None:
+    """Rows of 16 bits that a backward kernel takes in parts, in the last tile fewer than it holds; one tile a program too."""
+    for width in norm.PARTED:
+        for rows in (1, 9):
+            x, residual, weight, bias = (
+                torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+                for seed, shape in enumerate(((rows, width), (rows, width), (width,), (width,)))
+            )
+            call = Call({"x": x, "residual": residual, "weight": weight}, {"eps": 1e-6})
+            name = f"{width} columns, {rows} rows"
+            for kind in ("rms_norm", "layer_norm"):
+                if kind == "layer_norm":
+                    call.tensors["bias"] = bias
+                run = functools.partial(getattr(ops, kind), backend="triton")
+                judge(run, getattr(reference, kind), call, peers=PEERS[kind], rms=False, name=f"{kind} of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_rows_in_parts(dtype, device):
+    check_parts(device, dtype)
+
+
 def check_partial_sums(device: str) -> None:
     """More rows than one program of a backward kernel takes, and more sums of programs than one step of the second stage."""
     for kind, rows in (("layer_norm", 300), ("gelu", 50), ("gelu", 1050)):
@@ -397,14 +419,20 @@ MUTANTS = [
     ("rope", "(group + 1 < end)", "(group + 2 < end)", "mrope"),
     ("norm", "x - (tl.sum(x, 1) / C)[:, None], 0.0", "x - (tl.sum(x, 1) / (C + 1))[:, None], 0.0", "layer_norm"),
     ("norm", "tl.sum(x * x, 1) / C + EPS", "tl.sum(x * x, 1) / C", "rms_norm"),
-    ("norm", "grad_x = grad_x - mean_weighted[:, None]", "grad_x = grad_x", "layer_norm"),
-    ("norm", "unit * (along * scale)[:, None]", "unit * along[:, None]", "rms_norm"),
-    ("norm", "partial_ptr + C + share", "partial_ptr + share", "layer_norm"),
-    ("norm", "grad_bias += grad", "grad_bias = grad", "layer_norm"),
+    ("norm", "grad_x = grad_x - mean_weighted", "grad_x = grad_x", "layer_norm"),
+    ("norm", "unit * (along * scale)", "unit * along", "rms_norm"),
+    ("norm", "share + C + i", "share + i", "layer_norm"),
+    ("norm", "(grad_bias[i] + grad[i],)", "(grad[i],)", "layer_norm"),
     ("norm", "target = offset(source, C)", "target = offset(t, C)", "merge_patches"),
     ("norm", "offset(source, stride_x_t)", "offset(source, C)", "rms_norm"),
     ("norm", "x = (wide(x) + wide(residual)).to(x.dtype)", "x = (wide(x) - wide(residual)).to(x.dtype)", "rms_norm"),
     ("norm", "grad_x = grad_x + wide(tl.load(grad_total_ptr", "grad_x = grad_x + 0 * wide(tl.load(grad_total_ptr", "rms_norm"),
+    ("norm", "static_range(1, PARTS)", "static_range(2, PARTS)", "parts"),
+    ("norm", "weight_ptr + i * BLOCK_C", "weight_ptr", "parts"),
+    ("norm", "(grad_weight[i] + ", "(grad_weight[0] + ", "parts"),
+    ("norm", "grad_total_ptr + i * BLOCK_C", "grad_total_ptr", "parts"),
+    ("norm", "share + C + i * BLOCK_C", "share + C", "parts"),
+    ("norm", "source = t\n        if", "source = t // 2 * 2\n        if", "parts"),
     ("activation", "z * _sigmoid(1.702 * z)", "z * _sigmoid(1.7 * z)", "quick_gelu"),
     ("activation", "z * (1.0 - s)", "z * s", "quick_gelu"),
     ("activation", "z * tl.exp(-0.5 * z * z)", "z * tl.exp(-z * z)", "gelu"),
@@ -476,6 +504,8 @@ def test_mutants_are_caught(mutant, monkeypatch, tmp_path):
                 check_gated(seed, torch.float32)
         elif kind == "every value":
             check_every_value("cpu", torch.float16)
+        elif kind == "parts":
+            check_parts("cpu", torch.float16)
         elif kind == "sums":
             check_partial_sums("cpu")
         elif kind == "offset":
