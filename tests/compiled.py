@@ -146,7 +146,7 @@ def cases() -> dict[str, Launch]:
         q, k = qkv[:, :heads], qkv[:, heads : heads + heads_k]
         positions, half = torch.zeros((axes, 48), dtype=torch.int64), dim // 2
         sections = (half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8) if axes == 3 else (half // 2, half // 2)
-        table = torch.empty(half if axes == 3 else half // 2)
+        table = torch.empty((2, 48, half) if dtype == torch.float64 else half if axes == 3 else half // 2)
         keep(name, rope.launch, q, k, q, k, positions, table, sections, 1.0, sign)
 
     rotate("vision rope", 16, 16, 80, 2)
@@ -162,25 +162,33 @@ def cases() -> dict[str, Launch]:
     rotate("vision rope fp16", 16, 16, 80, 2, dtype=torch.float16)
     rotate("vision rope fp32", 16, 16, 80, 2, dtype=torch.float32)
     rotate("mrope head 96 fp16", 8, 2, 96, 3, dtype=torch.float16)
+    rotate("mrope 7B fp64", 28, 4, 128, 3, dtype=torch.float64)
+    rotate("vision rope fp64", 16, 16, 80, 2, dtype=torch.float64)
 
-    for name, width, layer in (("layer norm 1280", 1280, True), ("rms norm 1536", 1536, False), ("rms norm 3584", 3584, False),
-                               ("rms norm 8192", 8192, False), ("layer norm 160", 160, True)):  # fmt: skip
-        x, weight = made(48, width), made(width)
-        bias = weight if layer else None
-        keep(f"add {name}", norm.launch, x, weight, bias, 1e-6, residual=x)
-        keep(f"{name} backward", norm.launch_backward, x, x, weight, bias, 1e-6, grad_total=x)
-    x, weight, rows = made(48, 1280), made(1280), torch.zeros(48, dtype=torch.int64)
-    keep("merge", merge.launch, x, weight, weight, None, 1e-6)
-    keep("merge from raster order", merge.launch, x, weight, weight, rows, 1e-6)
-    keep("merge from raster order backward", norm.launch_backward, x, x, weight, weight, 1e-6, rows=rows)
+    widths = (("layer norm", 1280), ("rms norm", 1536), ("rms norm", 3584), ("rms norm", 8192), ("layer norm", 160))
+    doubles = (("layer norm", 1280), ("rms norm", 3584), ("layer norm", 4096))  # the last is the widest
+    for kind, width, dtype, end in (
+        *((*width, torch.bfloat16, "") for width in widths), *((*width, torch.float64, " fp64") for width in doubles)
+    ):  # fmt: skip
+        x, weight = made(48, width, dtype=dtype), made(width, dtype=dtype)
+        bias = weight if kind == "layer norm" else None
+        keep(f"add {kind} {width}{end}", norm.launch, x, weight, bias, 1e-6, residual=x)
+        keep(f"{kind} {width} backward{end}", norm.launch_backward, x, x, weight, bias, 1e-6, grad_total=x)
+    for dtype, end in ((torch.bfloat16, ""), (torch.float64, " fp64")):
+        x, weight, rows = made(48, 1280, dtype=dtype), made(1280, dtype=dtype), torch.zeros(48, dtype=torch.int64)
+        keep(f"merge{end}", merge.launch, x, weight, weight, None, 1e-6)
+        keep(f"merge from raster order{end}", merge.launch, x, weight, weight, rows, 1e-6)
+        keep(f"merge from raster order backward{end}", norm.launch_backward, x, x, weight, weight, 1e-6, rows=rows)
 
-    x, weight = (made(*shape, dtype=torch.float32) for shape in ((48, 1280), (1280,)))
-    keep("layer norm 1280 backward fp32", norm.launch_backward, x, x, weight, weight, 1e-6, grad_total=x)
+    for width, name in ((1280, "layer norm 1280"), (65, "layer norm of odd width 65")):
+        x, weight = made(48, width, dtype=torch.float32), made(width, dtype=torch.float32)
+        keep(f"{name} backward fp32", norm.launch_backward, x, x, weight, weight, 1e-6, grad_total=x)
 
-    for name, is_quick in (("quick gelu", True), ("gelu", False)):
-        x, bias = made(48, 5120), made(5120)
-        keep(f"bias {name}", activation.launch, x, bias, is_quick)
-        keep(f"bias {name} backward", activation.launch_backward, x, x, bias, is_quick)
+    for dtype, end in ((torch.bfloat16, ""), (torch.float64, " fp64")):
+        for name, is_quick in (("quick gelu", True), ("gelu", False)):
+            x, bias = made(48, 5120, dtype=dtype), made(5120, dtype=dtype)
+            keep(f"bias {name}{end}", activation.launch, x, bias, is_quick)
+            keep(f"bias {name} backward{end}", activation.launch_backward, x, x, bias, is_quick)
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         x, bias = made(48, 5120, dtype=dtype), made(5120, dtype=dtype)
         keep(f"bias gelu backward {name}", activation.launch_backward, x, x, bias, False)
@@ -188,16 +196,26 @@ def cases() -> dict[str, Launch]:
         x = made(48, 2 * width)
         keep(f"swiglu {width}", activation.launch_swiglu, x)
         keep(f"gated {width}", gated.launch, made(48, width), made(48, width))
-    keep("swiglu 18944 backward", activation.launch_swiglu_backward, made(48, 18944), made(48, 2 * 18944))
-    keep("gated 18944 backward", gated.launch_backward, *(made(48, 18944) for _ in range(3)))
+    for dtype, end in ((torch.bfloat16, ""), (torch.float64, " fp64")):
+        x = made(48, 18944, dtype=dtype)
+        keep(f"swiglu 18944 backward{end}", activation.launch_swiglu_backward, x, made(48, 2 * 18944, dtype=dtype))
+        keep(f"gated 18944 backward{end}", gated.launch_backward, x, x, x)
+    x = made(48, 18944, dtype=torch.float64)
+    keep("swiglu 18944 fp64", activation.launch_swiglu, made(48, 2 * 18944, dtype=torch.float64))
+    keep("gated 18944 fp64", gated.launch, x, x)
     keep("gated 18944 backward fp32", gated.launch_backward, *(made(48, 18944, dtype=torch.float32) for _ in range(3)))
+    x, bias = made(48, 1001, dtype=torch.float16), made(1001, dtype=torch.float16)
+    keep("bias quick gelu of odd width 1001 backward fp16", activation.launch_backward, x, x, bias, True)
+    x = made(48, 1000, dtype=torch.float16)
+    keep("gated of odd width 1000 backward fp16", gated.launch_backward, x, x, x)
 
-    rows = [torch.empty(48) for _ in range(3)]
-    for name, launcher in (("loss", loss.launch), ("loss backward", loss.launch_slopes)):
-        keep(name, launcher, made(48, 8192), torch.zeros(48, dtype=torch.int64), 8192, *rows)
+    for dtype, end in ((torch.bfloat16, ""), (torch.float64, " fp64")):
+        rows = [torch.empty(48, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(3)]
+        for name, launcher in (("loss", loss.launch), ("loss backward", loss.launch_slopes)):
+            keep(f"{name}{end}", launcher, made(48, 8192, dtype=dtype), torch.zeros(48, dtype=torch.int64), 8192, *rows)
 
     frames = torch.empty((2, 56, 84, 3), dtype=torch.uint8)
-    for name, dtype in (("patchify", torch.bfloat16), ("patchify fp32", torch.float32)):
+    for name, dtype in (("patchify", torch.bfloat16), ("patchify fp32", torch.float32), ("patchify fp64", torch.float64)):
         keep(name, patchify.launch, frames, dtype, (0.1, 0.2, 0.3), (-1.0, -2.0, -3.0))
     taps = torch.empty(84, 5, dtype=torch.int32)
     keep("resize", resize.launch, frames, 2, taps[:, 0].contiguous(), taps)
