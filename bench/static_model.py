@@ -242,7 +242,7 @@ def cuda_work(kernel: str) -> tuple[float, float]:
     every segment and head, tensors [T, H, D] in 16 bits that it reads and writes."""
     name, *rest = re.findall(r"\w+", kernel)
     dim = int(rest[1]) if len(rest) > 1 else 0
-    adds = rest[-1] == "true" if name == "BackwardKeys" else False
+    adds = rest[4] == "true" if name == "BackwardKeys" else False
     # S, P V; S, dP, dV, dK, and with the flag dQ too, added in float32; S, dP, dQ
     products = {"ForwardSm80": 2, "ForwardSm90": 2, "BackwardKeys": 4 + adds, "BackwardQueries": 3}.get(name, 0)
     tensors = {"ForwardSm80": 4, "ForwardSm90": 4, "BackwardKeys": 6 + 4 * adds, "BackwardQueries": 5, "RowSums": 2}

@@ -288,8 +288,8 @@ def test_work_of_the_cuda_kernels_by_hand():
     """Of 4 x 4096 tokens, 16 heads: a product of L x L x D counts two operations, a tensor of 16 bits two bytes a value."""
     square, values = 4 * 4096**2 * 16 * 80, 4 * 4096 * 16 * 80
     assert static_model.cuda_work("ForwardSm90<true, 80, 192, 96, 4, false>") == (4 * square, 8 * values)
-    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, false>") == (8 * square, 12 * values)
-    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, true>") == (10 * square, 20 * values)
+    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, false, false>") == (8 * square, 12 * values)
+    assert static_model.cuda_work("BackwardKeys<true, 80, 1, 64, true, false>") == (10 * square, 20 * values)
     assert static_model.cuda_work("BackwardQueries<true, 80, 1, 64>")[0] == 6 * square
     assert static_model.cuda_work("RoundDq<true, 80>") == (0, 6 * values) and static_model.cuda_work("BuildTiles") == (0, 0)
 
