@@ -1,12 +1,27 @@
 #include "launch.h"
 
 #include "checks.h"
+#include "fwd_sm80.cuh"
 #include "instances.cuh"
 #include "launch_sm90.h"
 #include "start.cuh"
 #include "tiles.cuh"
 
 namespace qwen2vl_fast {
+namespace {
+
+template <class Start>
+void select_forward_sm80(const VarlenAttention& p, int rows, Start start) {
+  by_type_and_dim(p, [&](auto bf16, auto dim) {
+    constexpr bool BF16 = decltype(bf16)::value;
+    constexpr int D = decltype(dim)::value;
+    if (rows == 64) return start(ForwardSm80<BF16, D, 1>{});
+    if (rows == 128) return start(ForwardSm80<BF16, D, 2>{});
+    throw std::invalid_argument("rows: expected 64 or 128 for the sm_80 kernel, got " + std::to_string(rows));
+  });
+}
+
+}  // namespace
 
 void forward(const VarlenAttention& problem, const std::string& kernel, int rows, int device, void* stream) {
   check_problem(problem);

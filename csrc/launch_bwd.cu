@@ -1,9 +1,57 @@
+#include "bwd_sm80.cuh"
 #include "checks.h"
 #include "instances.cuh"
 #include "launch.h"
 #include "start.cuh"
 
 namespace qwen2vl_fast {
+namespace {
+
+template <class Start>
+void select_backward_row_sums(const VarlenAttention& p, Start start) {
+  by_type_and_dim(p, [&](auto bf16, auto dim) { start(RowSums<decltype(bf16)::value, decltype(dim)::value>{}); });
+}
+
+template <class Start>
+void select_backward_round(const VarlenAttention& p, Start start) {
+  by_type_and_dim(p, [&](auto bf16, auto dim) { start(RoundDq<decltype(bf16)::value, decltype(dim)::value>{}); });
+}
+
+// The rows of a step are what the registers of M_TILES blocks of 16 rows leave room for.
+template <class Start>
+void select_backward_keys(const VarlenAttentionBackward& args, int key_rows, Start start) {
+  const auto by_way = [&](auto add_dq, auto in_turn) {
+    constexpr bool ADD_DQ = decltype(add_dq)::value, IN_TURN = decltype(in_turn)::value;
+    by_type_and_dim(args.problem, [&](auto bf16, auto dim) {
+      constexpr bool BF16 = decltype(bf16)::value;
+      constexpr int D = decltype(dim)::value;
+      if (key_rows == 64) return start(BackwardKeys<BF16, D, 1, D <= 80 ? 64 : 32, ADD_DQ, IN_TURN>{});
+      if constexpr (D <= 80) {
+        if (key_rows == 128) return start(BackwardKeys<BF16, D, 2, 32, ADD_DQ, IN_TURN>{});
+      }
+      throw std::invalid_argument("key_rows: expected 64, or 128 up to D = 80, got " + std::to_string(key_rows));
+    });
+  };
+  if (args.dq_sum == nullptr) return by_way(std::false_type{}, std::false_type{});
+  if (args.turns == nullptr) return by_way(std::true_type{}, std::false_type{});
+  by_way(std::true_type{}, std::true_type{});
+}
+
+template <class Start>
+void select_backward_queries(const VarlenAttentionBackward& args, int rows, Start start) {
+  by_type_and_dim(args.problem, [&](auto bf16, auto dim) {
+    constexpr bool BF16 = decltype(bf16)::value;
+    constexpr int D = decltype(dim)::value;
+    // At D = 128 shared memory is what ends first: 99 KB is all that a block gets on 8.6 and 8.9.
+    if (rows == 64) return start(BackwardQueries<BF16, D, 1, D == 128 ? 32 : 64>{});
+    if constexpr (D <= 80) {
+      if (rows == 128) return start(BackwardQueries<BF16, D, 2, D == 64 ? 64 : 32>{});
+    }
+    throw std::invalid_argument("rows: expected 64, or 128 up to D = 80, got " + std::to_string(rows));
+  });
+}
+
+}  // namespace
 
 void backward(const VarlenAttentionBackward& args, int rows, int key_rows, int device, void* stream) {
   const VarlenAttention& p = args.problem;

@@ -332,6 +332,11 @@ template <class Kernel, class Args>
 __global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS) entry(const __grid_constant__ Args args) {
   Kernel::run(args);
 }
+#else
+// The same as host/cuda takes it.
+template <class Kernel, class Args>
+inline const host::Function entry = {&typeid(Kernel), Kernel::THREADS, Kernel::BLOCKS,
+                                     [](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }};
 #endif
 
 }  // namespace qwen2vl_fast

@@ -1,7 +1,8 @@
-// How tests start a kernel on the CPU: by C functions of a shared library, which return 0, or 1 and a message.
+// How tests start kernels on the CPU: by C functions of a shared library, which return 0, or 1 and a message.
 #pragma once
 
 #include <cstdio>
+#include <functional>
 #include <new>
 #include <stdexcept>
 
@@ -12,7 +13,7 @@
 namespace qwen2vl_fast {
 namespace host {
 
-// Mirrored by tests/host/runner.py.
+// Mirrored by tests/host/runner.py. grid: of tests' own kernels; a launch of csrc chooses it.
 struct Run {
   int grid;
   int races;
@@ -27,6 +28,7 @@ inline int finish(const Run& run, const std::string& error) {
   return 1;
 }
 
+// A kernel of the tests, without a launch.
 template <class Kernel, class Args>
 int run_kernel(const Args& args, const Run& run, bool together = false) {
   Launch launch;
@@ -40,17 +42,9 @@ int run_kernel(const Args& args, const Run& run, bool together = false) {
   return finish(run, run_grid([](const void* args) { Kernel::run(*static_cast<const Args*>(args)); }, &args, launch));
 }
 
-// The status of launch(kernel) for the kernel that `select` finds, with which it calls its argument.
-template <class Select, class Launch>
-int run_selected(const Run& run, Select select, Launch launch) {
-  int status = 0;
-  try {
-    select([&](auto found) { status = launch(found); });
-  } catch (const std::invalid_argument& refused) {
-    return finish(run, refused.what());
-  }
-  return status;
-}
+// work: launches of csrc. The message is a line for each kernel that ran; a failure is what they throw, what a kernel does wrong,
+// an error that is left to the next who asks, or a current device that is not the one before.
+int run_launches(const Run& run, const std::function<void()>& work);
 
 }  // namespace host
 }  // namespace qwen2vl_fast

@@ -1,6 +1,6 @@
-// Kernels as a program, to be built with sanitizers: `program FOLDER GRID SEED {KERNEL ROWS}...` starts one kernel after another.
-// FOLDER/args is the struct that they are told, and each line of FOLDER/pointers (offset, name) a pointer in it: to the bytes of
-// FOLDER/name, in a buffer exactly as long as the file. In the end the buffers are written back.
+// The launches as a program, to be built with sanitizers: `program FOLDER DEVICE SEED` and `forward KERNEL ROWS`, `backward ROWS
+// KEY_ROWS` or `build_tiles`. FOLDER/args is the struct that they are told, and each line of FOLDER/pointers (offset, name) a
+// pointer in it: to the bytes of FOLDER/name, in a buffer exactly as long as the file. In the end the buffers are written back.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,12 +15,10 @@
 
 using namespace qwen2vl_fast;
 
-// A program holds some of them.
-extern "C" __attribute__((weak)) int forward_sm80(const VarlenAttention* args, int rows, const host::Run* run);
-extern "C" __attribute__((weak)) int forward_sm90(const VarlenAttention* args, int rows, const host::Run* run);
-extern "C" __attribute__((weak)) int backward_sm80(const VarlenAttentionBackward* args, const char* kernel, int rows,
-                                                   const host::Run* run);
-extern "C" __attribute__((weak)) int build_tiles(const TileList* args, const host::Run* run);
+// launches.cpp
+extern "C" int forward(const VarlenAttention* args, const char* kernel, int rows, int device, void* stream, const host::Run* run);
+extern "C" int backward(const VarlenAttentionBackward* args, int rows, int key_rows, int device, void* stream, const host::Run* run);
+extern "C" int build_tiles(const TileList* args, int device, void* stream, const host::Run* run);
 
 namespace {
 
@@ -50,19 +48,24 @@ const Args* as(const Buffer& args) {
   return reinterpret_cast<const Args*>(args.bytes.get());
 }
 
-int start(const std::string& kernel, int rows, const Buffer& args, const host::Run& run) {
-  if (kernel == "forward_sm80" && forward_sm80) return forward_sm80(as<VarlenAttention>(args), rows, &run);
-  if (kernel == "forward_sm90" && forward_sm90) return forward_sm90(as<VarlenAttention>(args), rows, &run);
-  if (kernel == "build_tiles" && build_tiles) return build_tiles(as<TileList>(args), &run);
-  if (backward_sm80) return backward_sm80(as<VarlenAttentionBackward>(args), kernel.c_str(), rows, &run);
-  return host::finish(run, "this program has no kernel " + kernel);
+int start(int count, char** words, const Buffer& args, int device, const host::Run& run) {
+  const std::string function = words[0];
+  void* stream = reinterpret_cast<void*>(static_cast<uintptr_t>(device) + 1);
+  if (function == "forward" && count == 3) {
+    return ::forward(as<VarlenAttention>(args), words[1], std::atoi(words[2]), device, stream, &run);
+  }
+  if (function == "backward" && count == 3) {
+    return ::backward(as<VarlenAttentionBackward>(args), std::atoi(words[1]), std::atoi(words[2]), device, stream, &run);
+  }
+  if (function == "build_tiles" && count == 1) return ::build_tiles(as<TileList>(args), device, stream, &run);
+  return host::finish(run, "this program has no " + function);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 6 || count % 2 != 0) {
-    std::fprintf(stderr, "usage: %s FOLDER GRID SEED {KERNEL ROWS}...\n", arguments[0]);
+  if (count < 5) {
+    std::fprintf(stderr, "usage: %s FOLDER DEVICE SEED FUNCTION ...\n", arguments[0]);
     return 2;
   }
   const std::string folder = std::string(arguments[1]) + "/";
@@ -76,12 +79,10 @@ int main(int count, char** arguments) {
     std::memcpy(args.bytes.get() + offset, &pointer, sizeof pointer);
   }
   char message[8192] = "";
-  const host::Run run{std::atoi(arguments[2]), 1, std::strtoull(arguments[3], nullptr, 10), message, sizeof message};
-  for (int i = 4; i < count; i += 2) {
-    if (start(arguments[i], std::atoi(arguments[i + 1]), args, run)) {
-      std::fprintf(stderr, "%s: %s\n", arguments[i], message);
-      return 1;
-    }
+  const host::Run run{0, 1, std::strtoull(arguments[3], nullptr, 10), message, sizeof message};
+  if (start(count - 4, arguments + 4, args, std::atoi(arguments[2]), run)) {
+    std::fprintf(stderr, "%s: %s\n", arguments[4], message);
+    return 1;
   }
   for (const auto& [name, buffer] : buffers) {
     std::ofstream(folder + name, std::ios::binary).write(buffer.bytes.get(), static_cast<std::streamsize>(buffer.size));

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <typeinfo>
 
 namespace qwen2vl_fast {
 
@@ -20,6 +21,13 @@ struct HostTensorMap {
 };
 
 namespace host {
+
+// A kernel that can be launched: its launch bounds, and what each of its threads does.
+struct Function {
+  const std::type_info* type;
+  int threads, blocks;
+  void (*run)(const void* args);
+};
 
 int thread_index();
 int block_index();

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.compare import guard
 from tests.host import build
-from tests.host.runner import VarlenAttention, call, load, tiles
+from tests.host.runner import VarlenAttention, call, load, place, tiles
 
 WAYS = ("two passes", "added", "in turn")  # to dq
 UNTAKEN = 77  # in a workspace of turns before it is cleared
@@ -53,16 +53,14 @@ def key_tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int
 
 @dataclass(frozen=True)
 class Attention:
-    """A differentiable op of the two kernels' libraries. rows: of the forward's blocks; way: to dq, one of WAYS.
+    """A differentiable op of the launches. rows: of the forward's blocks; way: to dq, one of WAYS.
 
-    The backward's blocks have 64 rows, and 128 where `rows` is 128 and there is such a kernel. resident: in turn, the blocks
-    that run at once.
+    The backward's blocks have 64 rows, and 128 where `rows` is 128 and there is such a kernel. grid: blocks that run at once.
     """
 
     rows: int = 64
     way: str = "two passes"
-    grid: int = 3
-    resident: int = 8
+    grid: int = 8
     seed: int = 0
     races: bool = True
     shuffled: bool = False  # tiles in another order
@@ -89,8 +87,8 @@ class Attention:
         """Of blocks of queries and of keys."""
         return (128, 128) if self.rows == 128 and dim <= 80 else (64, 64)
 
-    def launch(self, function, *arguments, grid: int | None = None) -> None:
-        call(function, *arguments, grid=self.grid if grid is None else grid, seed=self.seed, races=self.races)
+    def launch(self, function: str, *arguments) -> None:
+        call(getattr(load(build.library(self.csrc)), function), *arguments, *place(self.grid), seed=self.seed, races=self.races)
 
     def ordered(self, work: Tensor) -> Tensor:
         if not self.shuffled:
@@ -105,7 +103,7 @@ class _Function(torch.autograd.Function):
         lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
         work = op.ordered(tiles(lengths, keys, q.shape[1], op.rows, causal))
         problem = op.problem(q, k, v, o, lse, work, scale, causal)
-        op.launch(load(_library("fwd_sm80", op.csrc)).forward_sm80, ctypes.byref(problem), op.rows)
+        op.launch("forward", ctypes.byref(problem), b"sm_80", op.rows)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.rest = op, lengths, keys, scale, causal
         ctx.mark_non_differentiable(lse)
@@ -132,21 +130,11 @@ class _Function(torch.autograd.Function):
             problem=op.problem(q, k, v, o, lse, work, scale, causal), key_tiles=by_keys.data_ptr(), key_tile_count=len(by_keys),
             **{name: x.data_ptr() for name, x in views.items()},
             **{n: x.view.data_ptr() for n, x in zip(("shift", "delta", "dq_sum", "turns"), workspace, strict=False)},
-            resident=op.resident,
             **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
         )  # fmt: skip
-        function = load(_library("bwd_sm80", op.csrc)).backward_sm80
-        op.launch(function, ctypes.byref(args), b"row_sums", rows)
-        grid = min(op.resident, len(by_keys)) if op.way == "in turn" and q.numel() else None
-        op.launch(function, ctypes.byref(args), b"keys", key_rows, grid=grid)
-        op.launch(function, ctypes.byref(args), b"queries" if op.way == "two passes" else b"round", rows)
+        op.launch("backward", ctypes.byref(args), rows, key_rows)
         results = [x.view.clone() for x in outputs]
         for guarded in (*outputs, *workspace):
             guarded.view.fill_(torch.nan if guarded.view.is_floating_point() else UNTAKEN)
             guarded.check("output")
         return *results, None, None, None, None, None
-
-
-@functools.cache
-def _library(unit: str, csrc) -> object:
-    return build.library(unit, csrc)

@@ -5,8 +5,10 @@ Objects are kept in build/host under a hash of all that goes into them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,12 +21,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "host"
-RUNTIME = ("runtime", "memory", "twins", "hopper")
+RUNTIME = ("host/runtime.cpp", "host/memory.cpp", "host/twins.cpp", "host/hopper.cpp", "host/cuda.cpp")
+LAUNCHES = ("host/launches.cpp", "launch.cu", "launch_sm90.cu", "launch_bwd.cu")
+STAND_IN = "host/cuda"  # the headers in the place of CUDA's
 # Value range propagation of g++ 12.2 folds the last four of eight k-steps of the Hopper kernel at head_dim 128 onto the first.
 FLAGS = ("-std=c++17", "-O2", "-fno-tree-vrp", "-g1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
+@functools.cache
 def compiler() -> str:
     """g++. Missing, it is a failure wherever CUDA code is compiled at all."""
     found = shutil.which("g++")
@@ -42,48 +47,57 @@ def _run(*command: object) -> None:
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-8000:]}"
 
 
-def _output(name: str, inputs: Sequence[Path], command: Sequence[object]) -> Path:
-    """The file that `command -o file` makes; made again when the inputs or the command differ."""
-    digest = hashlib.sha256(" ".join(map(str, command)).encode())
+def _output(name: str, inputs: Sequence[Path], flags: Sequence[str], command: Sequence[object]) -> Path:
+    """The file that `g++ flags command -o file` makes; made again when the flags or what the inputs hold differ."""
+    digest = hashlib.sha256(" ".join([compiler(), *flags]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
     target = CACHE / f"{digest.hexdigest()[:24]}-{name}"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # other processes may build the same
-            _run(*command, "-o", Path(folder, name))
+            _run(compiler(), *flags, *command, "-o", Path(folder, name))
             os.replace(Path(folder, name), target)
     return target
 
 
-def _headers(csrc: Path) -> list[Path]:
-    return sorted([*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / "host").glob("*.h")])
+def _with_headers(csrc: Path, source: Path) -> list[Path]:
+    """The source and all of ours that it includes, so that an altered file makes only those build again that see it."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include [<"](.+)[>"]', path.read_text(), re.MULTILINE):
+            places = [(folder / name).resolve() for folder in (path.parent, csrc / STAND_IN)]
+            found += [place for place in places if place.exists() and place not in found][:1]
+    return found
 
 
-def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str], folder: str) -> list[Path]:
-    gcc = compiler()
-
+def _objects(csrc: Path, units: Sequence[str], flags: Sequence[str]) -> list[Path]:
     def build(unit: str) -> Path:
-        # The runtime knows nothing of the kernels, and is not built again for an altered one.
-        own = unit in RUNTIME
-        source = CSRC / "host" / f"{unit}.cpp" if own else csrc.parent / folder / f"{unit}.cpp"
-        headers = sorted((CSRC / "host").glob("*.h")) if own else _headers(csrc)
-        return _output(f"{unit}.o", [source, *headers], [gcc, *flags, "-c", source])
+        source = (csrc / unit).resolve()
+        command = [f"-I{csrc / STAND_IN}", "-x", "c++", "-c", source]
+        return _output(f"{source.stem}.o", _with_headers(csrc, source), flags, command)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, units))
 
 
-def library(unit: str, csrc: Path = CSRC, folder: str = "csrc/host") -> Path:
-    """The shared library of <folder>/<unit>.cpp."""
-    objects = _objects(csrc, [*RUNTIME, unit], FLAGS, folder)
-    return _output(f"{unit}.so", objects, [compiler(), "-shared", *objects, "-ldl"])
+@functools.cache
+def library(csrc: Path = CSRC, units: Sequence[str] = LAUNCHES) -> Path:
+    """A shared library with these units of csrc."""
+    objects = _objects(csrc, [*RUNTIME, *units], FLAGS)
+    return _output("library.so", objects, ["-shared"], [*objects, "-ldl"])
 
 
-def program(units: Sequence[str], csrc: Path = CSRC) -> Path:
-    """The program of these units with the address and undefined-behaviour sanitizers."""
-    objects = _objects(csrc, [*RUNTIME, *units], (*FLAGS, *SANITIZED), "csrc/host")
-    return _output("program", objects, [compiler(), *SANITIZED, *objects, "-ldl"])
+def own_library(unit: str) -> Path:
+    """The shared library of tests/host/<unit>.cpp."""
+    return library(units=(f"../tests/host/{unit}.cpp",))
+
+
+@functools.cache
+def program(csrc: Path = CSRC) -> Path:
+    """host/main.cpp with the address and undefined-behaviour sanitizers."""
+    objects = _objects(csrc, [*RUNTIME, *LAUNCHES, "host/main.cpp"], (*FLAGS, *SANITIZED))
+    return _output("program", objects, SANITIZED, [*objects, "-ldl"])
 
 
 def altered(folder: Path, file: str, old: str, new: str) -> Path:

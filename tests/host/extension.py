@@ -1,12 +1,13 @@
-"""ops/attention_cuda.py on the CPU: in the place of qwen2vl_fast._C a module whose kernels are those of csrc/host.
+"""ops/attention_cuda.py on the CPU: in the place of qwen2vl_fast._C a module whose launches run their kernels by csrc/host.
 
-What runs is the Python of the cuda backend as it is: autograd, lists of work, pointers and strides, checkpoints. The checks
-of the boundary are those of csrc/checks.h here too.
+What runs is the Python of the cuda backend as it is (autograd, lists of work, pointers and strides, checkpoints), and the
+launches of csrc as they are: their checks, their choice of kernels, their grids.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import types
 from dataclasses import dataclass, field
@@ -19,12 +20,17 @@ from qwen2vl_fast import positions
 from qwen2vl_fast.ops import attention_cuda
 from tests.host import build
 from tests.host.backward import VarlenAttentionBackward
-from tests.host.runner import VarlenAttention, call, load
+from tests.host.runner import VarlenAttention, call, load, place
 
 backends = sys.modules["qwen2vl_fast.ops.backends"]  # qwen2vl_fast.ops offers a function of that name
 TENSORS = ("q", "k", "v", "o")
 GRADS = ("grad", "dq", "dk", "dv")
 PROCESSORS = 108  # of an A100
+# name, and the rows that the third parameter of its type counts
+KERNELS = {
+    "ForwardSm80": ("forward sm_80", 64), "ForwardSm90": ("forward sm_90", 1), "RowSums": ("row_sums", 0),
+    "BackwardKeys": ("keys", 64), "BackwardQueries": ("queries", 64), "RoundDq": ("round", 0), "BuildTiles": ("tiles", 0),
+}  # fmt: skip
 
 
 class TileList(ctypes.Structure):
@@ -52,13 +58,12 @@ class Extension:
     """The functions of csrc/bindings.cpp.
 
     launched: the kernels that ran, in order. blocks: of the backward's lists, by keys and by queries, the rows that the kernel
-    was started for and the largest block of the list.
+    was started for and the largest block of the list. grid: blocks that run at once.
     """
 
     launched: list[str] = field(default_factory=list)
     blocks: list[tuple[int, int]] = field(default_factory=list)
-    grid: int = 3
-    resident: int = 8  # blocks that run at once, where they wait for one another
+    grid: int = 8
     seed: int = 0
     races: bool = False
 
@@ -73,9 +78,7 @@ class Extension:
         )  # fmt: skip
 
     def varlen_attention_forward(self, problem, kernel, rows, device, stream):
-        unit = {"sm_80": "fwd_sm80", "sm_90": "fwd_sm90"}[kernel]
-        function = getattr(load(build.library(unit)), f"forward_{kernel.replace('_', '')}")
-        self._launch(f"forward {kernel} {rows}", function, ctypes.byref(problem), rows)
+        self._launch("forward", problem, kernel.encode(), rows, device, stream)
 
     def varlen_attention_backward(
         self, problem, key_tiles, key_tile_count, grad, dq, dk, dv, shift, delta, dq_sum, turns, grad_strides, dq_strides,
@@ -83,28 +86,29 @@ class Extension:
     ):  # fmt: skip
         args = VarlenAttentionBackward(
             problem=problem, key_tiles=key_tiles, key_tile_count=key_tile_count, grad=grad, dq=dq, dk=dk, dv=dv, shift=shift,
-            delta=delta, dq_sum=dq_sum or None, turns=turns or None, resident=self.resident,
+            delta=delta, dq_sum=dq_sum or None, turns=turns or None,
             **_strides(GRADS, (grad_strides, dq_strides, dk_strides, dv_strides)),
         )  # fmt: skip
-        function = load(build.library("bwd_sm80")).backward_sm80
         self.blocks.append((key_rows, _largest(key_tiles, key_tile_count, 3)))
         self.blocks.append((rows, _largest(problem.tiles, problem.tile_count, 1)))
-        for kernel in ("row_sums", "keys", "round" if dq_sum else "queries"):  # as in csrc/launch_bwd.cu
-            size = {"keys": key_rows, "queries": rows}.get(kernel)
-            in_turn = turns and kernel == "keys"
-            name = f"{kernel} {size}" if size else kernel
-            name += " in turn" if in_turn else ""
-            grid = min(self.resident, key_tile_count) if in_turn else None
-            self._launch(name, function, ctypes.byref(args), kernel.encode(), size or rows, grid=grid)
+        self._launch("backward", args, rows, key_rows, device, stream)
 
     def varlen_attention_tiles(self, bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys, device, stream):
         arguments = TileList(bounds, bounds_k, tiles, N, T, Tk, heads, rows, causal, by_keys)
-        name = f"tiles {rows}{' by keys' if by_keys else ''}"
-        self._launch(name, load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments))
+        self._launch("build_tiles", arguments, device, stream, of=f" {rows}{' by keys' if by_keys else ''}")
 
-    def _launch(self, name: str, function, *arguments, grid: int | None = None) -> None:
-        call(function, *arguments, grid=self.grid if grid is None else grid, seed=self.seed, races=self.races)
-        self.launched.append(name)
+    def _launch(self, function: str, problem: ctypes.Structure, *arguments, of: str = "") -> None:
+        start = getattr(load(build.library()), function)
+        ran = call(start, ctypes.byref(problem), *arguments, seed=self.seed, races=self.races)
+        self.launched += [_name(line) + of for line in ran.splitlines()]
+
+
+def _name(line: str) -> str:
+    """Of a kernel that ran: what it is and its rows; blocks that run together are those that add in turn."""
+    kernel, parameters, together = re.fullmatch(r"qwen2vl_fast::(\w+)(?:<(.*)>)? in \d+ blocks( together)?", line).groups()
+    name, rows = KERNELS[kernel]
+    size = f" {int(parameters.split(', ')[2]) * rows}" if rows else ""
+    return name + size + (" in turn" if together else "")
 
 
 def install(
@@ -118,7 +122,7 @@ def install(
         setattr(module, name, getattr(extension, name))
     monkeypatch.setitem(sys.modules, "qwen2vl_fast._C", module)
     monkeypatch.setattr(qwen2vl_fast, "_C", module, raising=False)
-    monkeypatch.setattr(attention_cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(attention_cuda, "_place", lambda x: place(extension.grid))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.setattr(backends, "_chosen", {})  # choices are remembered

@@ -18,7 +18,7 @@ from tests.host.cases import Case
 from tests.host.extension import TileList
 from tests.host.runner import VarlenAttention, packed_bounds, tiles
 
-GRID = 3
+GRID = 3  # blocks that run at once
 
 
 class Mutant(NamedTuple):
@@ -50,20 +50,18 @@ def outcome(check: Callable, *arguments: object) -> str:
 
 
 def sanitized(
-    program: Path, folder: Path, args: ctypes.Structure, buffers: dict[str, torch.Tensor], launches: Sequence[tuple[str, int]],
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The buffers after these launches (kernel, rows) of the sanitized program; AssertionError with its report where it ends
+    program: Path, folder: Path, args: ctypes.Structure, buffers: dict[str, torch.Tensor], call: Sequence[object], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The buffers after this call (function, choices) of the sanitized program; AssertionError with its report where it ends
     with one. buffers: by the names of the pointers of `args`."""
     (folder / "args").write_bytes(bytes(args))
     (folder / "pointers").write_text("".join(f"{offset_of(type(args), name)} {name}\n" for name in buffers))
     for name, x in buffers.items():
         (folder / name).write_bytes(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
-    words = [str(word) for launch in launches for word in launch]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [program, folder, str(GRID), str(seed), *words]
+    command = [str(word) for word in (program, folder, GRID - 1, seed, *call)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, f"{launches}:\n{result.stderr[-6000:]}"
+    assert result.returncode == 0, f"{call}:\n{result.stderr[-6000:]}"
     bits = {name: bytearray((folder / name).read_bytes()) for name in buffers}
     return {
         n: torch.frombuffer(bits[n], dtype=x.dtype).view(x.shape) if x.numel() else x.clone() for n, x in buffers.items()
@@ -87,7 +85,7 @@ def sanitized_forward(
     scale = case.dim**-0.5 if case.scale is None else case.scale
     args = Attention().problem(q, k, v, o, lse, work, scale, case.causal)
     buffers = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "tiles": work}
-    found = sanitized(program, folder, args, buffers, [(kernel, rows)], seed)
+    found = sanitized(program, folder, args, buffers, ("forward", kernel, rows), seed)
     return found["o"], found["lse"]
 
 
@@ -109,9 +107,8 @@ def sanitized_backward(program: Path, folder: Path, op: Attention, case: Case) -
         buffers["turns"] = torch.full((lse.numel() + 1,), UNTAKEN, dtype=torch.int32)
     problem = op.problem(*tensors.values(), o, lse, buffers["tiles"], case.dim**-0.5, case.causal)
     strided = {f"{n}_stride_{a}": buffers[n].stride(i) for n in ("grad", "dq", "dk", "dv") for i, a in enumerate("th")}
-    args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), resident=GRID, **strided)
-    launches = [("row_sums", 1), ("keys", key_rows), ("queries", rows) if op.way == "two passes" else ("round", 1)]
-    found = sanitized(program, folder, args, buffers, launches, op.seed)
+    args = VarlenAttentionBackward(problem=problem, key_tile_count=len(buffers["key_tiles"]), **strided)
+    found = sanitized(program, folder, args, buffers, ("backward", rows, key_rows), op.seed)
     return {n: found[f"d{n}"] for n in "qkv"}, expected
 
 
@@ -123,5 +120,5 @@ def sanitized_tiles(program: Path, folder: Path, case: Case, rows: int, by_keys:
     args = TileList(N=len(case.lengths), T=sum(case.lengths), Tk=sum(case.key_lengths), heads=heads, rows=rows,
                     causal=case.causal, by_keys=by_keys)  # fmt: skip
     buffers = {"bounds": bounds, "bounds_k": bounds_k, "tiles": found}
-    done = sanitized(program, folder, args, buffers, [("build_tiles", rows)])["tiles"]
+    done = sanitized(program, folder, args, buffers, ("build_tiles",))["tiles"]
     return [tile for tile in done.tolist() if tile[3 if by_keys else 1] > 0]

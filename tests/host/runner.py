@@ -7,7 +7,7 @@ import functools
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,12 +44,20 @@ def load(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def call(function, *arguments: object, grid: int, seed: int, races: bool = True) -> None:
-    """function(*arguments, run); raises HostError with the runtime's message."""
+def call(function, *arguments: object, seed: int, races: bool = True, grid: int = 0) -> str:
+    """function(*arguments, run); raises HostError with the runtime's message. Of launches: a line for each kernel that ran."""
     message = ctypes.create_string_buffer(8192)
     run = Run(grid, races, seed, ctypes.cast(message, ctypes.c_char_p), len(message))
-    if function(*arguments, ctypes.byref(run)):
-        raise HostError(_with_lines(message.value.decode()))
+    failed = function(*arguments, ctypes.byref(run))
+    text = message.value.decode()
+    if failed:
+        raise HostError(_with_lines(text))
+    return text
+
+
+def place(blocks: int) -> tuple[int, ctypes.c_void_p]:
+    """The device of csrc/host/cuda.cpp that runs so many blocks at once, and its stream."""
+    return blocks - 1, ctypes.c_void_p(blocks)
 
 
 def _with_lines(message: str) -> str:
@@ -79,7 +87,7 @@ def tiles(lengths: Sequence[int], keys: Sequence[int], heads: int, rows: int, ca
 
 @dataclass(frozen=True)
 class Kernel:
-    """A forward kernel as an op: kernel(q, k, v, cu_seqlens, ...) -> (o, lse)."""
+    """A forward kernel (sm_80, sm_90) as an op: kernel(q, k, v, cu_seqlens, ...) -> (o, lse). grid: blocks that run at once."""
 
     path: Path
     name: str
@@ -87,7 +95,6 @@ class Kernel:
     grid: int = 3
     seed: int = 0
     races: bool = True
-    options: tuple[int, ...] = field(default=())
     dealt: bool = False  # tiles in the order that positions.dealt_tiles gives for this grid
 
     def __call__(
@@ -110,8 +117,8 @@ class Kernel:
             **{f"{n}_stride_{axis}": x.stride(i) for n, x in views.items() for i, axis in enumerate("th")},
             scale=q.shape[-1] ** -0.5 if scale is None else scale, causal=causal, bfloat16=q.dtype == torch.bfloat16,
         )  # fmt: skip
-        function = getattr(load(self.path), self.name)
-        call(function, ctypes.byref(problem), self.rows, *self.options, grid=self.grid, seed=self.seed, races=self.races)
+        arguments = ctypes.byref(problem), self.name.encode(), self.rows, *place(self.grid)
+        call(load(self.path).forward, *arguments, seed=self.seed, races=self.races)
         results = o.view.clone(), lse.view.clone()
         for guarded in (o, lse):
             guarded.view.fill_(torch.nan)

@@ -16,15 +16,15 @@ from tests.host import extension as host
 from tests.host.backward import UNTAKEN, WAYS, Attention, VarlenAttentionBackward, key_tiles
 from tests.host.cases import BF16, FP16, Case, check_rule
 from tests.host.extension import TileList
-from tests.host.runner import HostError, Kernel, call, load, packed_bounds, tiles
+from tests.host.runner import HostError, Kernel, call, load, packed_bounds, place, tiles
 from tests.host.test_bwd_sm80 import sample
 
 FAR = 2**30 + 8  # elements: the third of anything is past 2^31
 
 
 def kernels(dim: int) -> list[Kernel]:
-    hopper = [Kernel(build.library("fwd_sm90"), "forward_sm90", rows) for rows in ((64, 128, 192) if dim == 80 else (128,))]
-    return [*(Kernel(build.library("fwd_sm80"), "forward_sm80", rows) for rows in (64, 128)), *hopper]
+    hopper = [Kernel(build.library(), "sm_90", rows) for rows in ((64, 128, 192) if dim == 80 else (128,))]
+    return [*(Kernel(build.library(), "sm_80", rows) for rows in (64, 128)), *hopper]
 
 
 def far_apart(x: torch.Tensor, axis: int, buffer: torch.Tensor, place: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_offsets_beyond_2_31(axis):
         o, lse = output(), torch.full((heads, length), torch.nan)
         work, by_keys = tiles([length], [length], heads, 64, False), key_tiles([length], [length], heads, 64, False)
         problem = op.problem(q, k, v, o, lse, work, 80**-0.5, False)
-        op.launch(load(build.library("fwd_sm80")).forward_sm80, ctypes.byref(problem), 64)
+        op.launch("forward", ctypes.byref(problem), b"sm_80", 64)
         found = [o.clone(), lse]
         grads = {name: output() for name in ("dq", "dk", "dv")}
         workspace = [torch.full(size, torch.nan) for size in (lse.shape, lse.shape, shape)]
@@ -68,11 +68,10 @@ def test_offsets_beyond_2_31(axis):
                 **{name: x.data_ptr() for name, x in views.items()},
                 shift=workspace[0].data_ptr(), delta=workspace[1].data_ptr(),
                 dq_sum=None if way == "two passes" else workspace[2].data_ptr(),
-                turns=turns.data_ptr() if way == "in turn" else None, resident=op.grid,
+                turns=turns.data_ptr() if way == "in turn" else None,
                 **{f"{n}_stride_{a}": x.stride(i) for n, x in views.items() for i, a in enumerate("th")},
             )  # fmt: skip
-            for kernel in ("row_sums", "keys", "queries" if way == "two passes" else "round"):
-                op.launch(load(build.library("bwd_sm80")).backward_sm80, ctypes.byref(args), kernel.encode(), 64)
+            op.launch("backward", ctypes.byref(args), 64, 64)
             found += [x.clone() for x in grads.values()]
         results.append(found)
     assert all(x.isfinite().all() for x in results[0]) and all(map(same_bits, *results))
@@ -158,7 +157,7 @@ def test_boundaries_that_are_none(by_keys):
         found = torch.full((slots + 2, 8), -1, dtype=torch.int32)
         arguments = TileList(bounds.data_ptr(), bounds_k.data_ptr(), found.data_ptr(), count, total, total_k, 2, rows,
                              turn % 2 == 0, by_keys)  # fmt: skip
-        call(load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments), grid=1, seed=0)
+        call(load(build.library()).build_tiles, ctypes.byref(arguments), *place(1), seed=0)
         assert (found[slots:] == -1).all()
         for q_row, count_q, k_row, count_k, head, *_ in found[:slots].tolist():
             assert 0 <= q_row and 0 <= count_q and q_row + count_q <= total and 0 <= k_row and 0 <= count_k
@@ -174,7 +173,7 @@ def test_more_than_65535_segments():
         found = torch.zeros(slots, 8, dtype=torch.int32)
         pointers = (bounds.data_ptr(), bounds.data_ptr(), found.data_ptr())
         arguments = TileList(*pointers, len(lengths), total, total, 1, 64, True, by_keys)
-        call(load(build.library("fwd_sm80")).build_tiles, ctypes.byref(arguments), grid=4, seed=0, races=False)
+        call(load(build.library()).build_tiles, ctypes.byref(arguments), *place(4), seed=0, races=False)
         real = [tile for tile in found.tolist() if tile[3 if by_keys else 1] > 0]
         assert sorted(real) == sorted(expected.tolist())
 

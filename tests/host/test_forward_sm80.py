@@ -12,7 +12,7 @@ import torch
 from tests.host import build
 from tests.host.cases import BF16, FP16, Case, check_alone, check_isolation, check_rule, check_schedules, drawn
 from tests.host.extension import TileList
-from tests.host.runner import Kernel, call, load, tiles
+from tests.host.runner import Kernel, call, load, place, tiles
 
 DIMS = (64, 80, 128)
 EDGES = (16, 32, 64, 128)  # rows of a warp, keys of a step, rows of a block
@@ -36,11 +36,11 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return build.library("fwd_sm80")
+    return build.library()
 
 
 def kernels(path: Path, **options) -> list[Kernel]:
-    return [Kernel(path, "forward_sm80", rows, **options) for rows in (64, 128)]
+    return [Kernel(path, "sm_80", rows, **options) for rows in (64, 128)]
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -86,7 +86,7 @@ def check_properties(kernel: Kernel, case: Case) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_isolation_and_bits(library, dim, rows):
     case = Case((65, 30, 0, 129, 1), heads=2, dim=dim, causal=dim == 128)
-    kernel = Kernel(library, "forward_sm80", rows)
+    kernel = Kernel(library, "sm_80", rows)
     for poisoned in (0, 1, 3, 4):
         check_isolation(kernel, case, poisoned)
     check_alone(kernel, case)
@@ -96,7 +96,7 @@ def test_isolation_and_bits(library, dim, rows):
 @pytest.mark.parametrize("dim", DIMS)
 def test_shuffled_schedules(library, dim, rows):
     case = Case((65, 150, 0, 33), heads=1, dim=dim, causal=dim == 64)
-    check_schedules(Kernel(library, "forward_sm80", rows), case, SEEDS)
+    check_schedules(Kernel(library, "sm_80", rows), case, SEEDS)
 
 
 
@@ -112,7 +112,7 @@ def test_tiles_from_boundaries(library, seed, rows):
     found = torch.full(((total // rows + n) * heads + 2, 8), -1, dtype=torch.int32)
     arguments = TileList(bounds.data_ptr(), bounds_k.data_ptr(), found.data_ptr(), n, total, int(bounds_k[-1]), heads, rows,
                          case.causal, False)  # fmt: skip
-    call(load(library).build_tiles, ctypes.byref(arguments), grid=2, seed=seed)
+    call(load(library).build_tiles, ctypes.byref(arguments), *place(2), seed=seed)
     assert (found[-2:] == -1).all()
     real = [tile[:6] for tile in found[:-2].tolist() if tile[1] > 0]
     assert all(tile[1] == 0 or tile[1] > 0 for tile in found[:-2].tolist())

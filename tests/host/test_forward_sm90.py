@@ -33,11 +33,11 @@ VOTES = Case((259, 323, 40), heads=1, scale=1.0, seed=0)
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return build.library("fwd_sm90")
+    return build.library()
 
 
 def kernel(path: Path, rows: int, **options) -> Kernel:
-    return Kernel(path, "forward_sm90", rows, **options)
+    return Kernel(path, "sm_90", rows, **options)
 
 
 @shapes
@@ -134,11 +134,11 @@ def test_dealt_lists(library, dim, rows):
 
 def test_sanitized(library, tmp_path):
     """With the address and undefined-behaviour sanitizers, on buffers without a byte to spare; the same bits as without."""
-    program = build.program(["main", "fwd_sm90"])
+    program = build.program()
     for dim, rows in SHAPES:
         case = Case((65, 0, 3, 200), dim=dim, causal=dim == 128, layout="contiguous")
         call = case.call()
         for seed in (0, 3):
-            found = sanitized_forward(program, tmp_path, "forward_sm90", rows, case, seed)
+            found = sanitized_forward(program, tmp_path, "sm_90", rows, case, seed)
             expected = kernel(library, rows)(**call.tensors, **call.rest)
             assert all(map(same_bits, found, expected))

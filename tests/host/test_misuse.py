@@ -60,7 +60,7 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def misuse():
-    return load(build.library("misuse", folder="tests/host")).misuse
+    return load(build.own_library("misuse")).misuse
 
 
 def run(misuse, fault: int, right: bool, seed: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from tests.host.cases import FP16, Case
 from tests.host.planted import GRID, sanitized_backward, sanitized_tiles
 from tests.host.runner import tiles
 
-UNITS = ["main", "fwd_sm80", "bwd_sm80"]
 CASES = (
     (64, Case((65, 0, 3, 70), layout="contiguous")),
     (128, Case((129, 1, 0), heads=4, heads_k=2, layout="contiguous")),
@@ -26,7 +25,7 @@ PLANTED = ("bwd_rows.cuh", "row = valid ? index / p.H : 0;", "row = index / p.H;
 def check_backward(program, folder, way: str) -> None:
     for rows, case in CASES:
         for seed in (0, 3) if way in ways(case.causal) else ():
-            op = Attention(rows, way, seed=seed, resident=GRID)
+            op = Attention(rows, way, seed=seed, grid=GRID)
             found, expected = sanitized_backward(program, folder, op, case)
             assert all(same_bits(found[name], expected[name]) for name in "qkv"), f"{case} {rows}"
 
@@ -41,15 +40,15 @@ def check_tiles(program, folder) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_backward(way, tmp_path):
     """The bits of the plain build."""
-    check_backward(build.program(UNITS), tmp_path, way)
+    check_backward(build.program(), tmp_path, way)
 
 
 def test_tiles(tmp_path):
-    check_tiles(build.program(UNITS), tmp_path)
+    check_tiles(build.program(), tmp_path)
 
 
 def test_a_read_past_the_end_is_seen(tmp_path):
-    program = build.program(UNITS, build.altered(tmp_path, *PLANTED))
+    program = build.program(build.altered(tmp_path, *PLANTED))
     folder = tmp_path / "call"
     folder.mkdir()
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):

@@ -41,7 +41,7 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def twins() -> ctypes.CDLL:
-    return load(build.library("operations", folder="tests/host"))
+    return load(build.own_library("operations"))
 
 
 def run(

@@ -19,7 +19,7 @@ COUNT = 27  # variants and sizes; test_names counts
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return build.library("variants_sm90", folder="tests/host")
+    return build.own_library("variants_sm90")
 
 
 def names(library: Path) -> list[str]:
@@ -29,8 +29,8 @@ def names(library: Path) -> list[str]:
 
 
 def variant(library: Path, index: int, **options) -> Kernel:
-    rows = int(names(library)[index].rsplit(", ", 1)[1].split()[0])
-    return Kernel(library, "forward_variant", rows, options=(index,), **options)
+    name, rows = names(library)[index].rsplit(", ", 1)
+    return Kernel(library, name, int(rows.split()[0]), **options)
 
 
 def test_names(library):

@@ -1,6 +1,11 @@
-// The alternatives of the Hopper forward on the CPU, by their place in csrc/variants_sm90.cuh.
-#include "../../csrc/host/fwd_sm90.h"
+// The alternatives of the Hopper forward on the CPU, by their names in csrc/variants_sm90.cuh.
 #include "../../csrc/variants_sm90.cuh"
+
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/host/entry.h"
+#include "../../csrc/launch_sm90.cuh"
 
 using namespace qwen2vl_fast;
 
@@ -12,11 +17,16 @@ HOST_ENTRY int variant_name(int index, char* name, int bytes) {
   return count;
 }
 
-// rows: those of the variant, as in forward_sm90.
-HOST_ENTRY int forward_variant(const VarlenAttention* p, int rows, int index, const host::Run* run) {
-  int count = 0, status = host::finish(*run, "no variant of this number and rows");
-  each_variant_sm90([&](const char*, auto own, auto options) {
-    if (count++ == index && own == rows) status = host::forward_sm90<VariantKernelSm90<own, decltype(options)>>(*p, *run);
+// As forward of host/launches.cpp, with a variant in the place of the kernel.
+HOST_ENTRY int forward(const VarlenAttention* p, const char* variant, int rows, int device, void* stream, const host::Run* run) {
+  return host::run_launches(*run, [&] {
+    const CurrentDevice current(device, variant);
+    bool found = false;
+    each_variant_sm90([&](const char* name, auto own, auto options) {
+      if (own != rows || std::string(name) != variant) return;
+      run_forward_sm90<VariantKernelSm90<own, decltype(options)>>(*p, device, stream);
+      found = true;
+    });
+    if (!found) throw std::invalid_argument("no variant of this name and rows");
   });
-  return status;
 }
