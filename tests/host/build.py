@@ -100,10 +100,15 @@ def program(csrc: Path = CSRC) -> Path:
     return _output("program", objects, SANITIZED, [*objects, "-ldl"])
 
 
-def altered(folder: Path, file: str, old: str, new: str) -> Path:
-    """A copy of csrc in folder in which `old`, found once in `file`, reads `new`."""
-    text = (CSRC / file).read_text()
+def change(csrc: Path, file: str, old: str, new: str) -> None:
+    """`old`, found once in the file, now reads `new`."""
+    text = (csrc / file).read_text()
     assert text.count(old) == 1, f"csrc/{file} holds {text.count(old)} times, not once:\n{old}"
+    (csrc / file).write_text(text.replace(old, new))
+
+
+def altered(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc in folder with this change."""
     copy = Path(shutil.copytree(CSRC, folder / "csrc"))
-    (copy / file).write_text(text.replace(old, new))
+    change(copy, file, old, new)
     return copy

@@ -38,7 +38,7 @@ def outcome(check: Callable, *arguments: object) -> str:
             torch.set_num_threads(1)  # the parent's threads do not exist here
             check(*arguments)
             text = "passed"
-        except Exception as problem:
+        except BaseException as problem:  # those of pytest too
             text = "".join(traceback.format_exception_only(problem))
         os.write(write, text.encode()[:4000])
         os._exit(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import build, test_bwd_mutants, test_mutants_sm80
+from tests.host import build, test_bwd_mutants, test_launches, test_mutants_sm80
 from tests.host.cases import FP16, Case, check_alone, check_isolation, check_rule, check_schedules
 from tests.host.planted import Mutant, outcome
 from tests.host.test_forward_sm80 import NAMED
@@ -104,13 +104,15 @@ def caught(mutant: Mutant, folder: Path) -> str:
 
 def test_every_planted_bug_has_its_place():
     """Those of the long tests too: each text stands once in its file, so that a change of the source does not go by unseen."""
-    forward, backward = [*test_mutants_sm80.FEW, *test_mutants_sm80.MORE], test_bwd_mutants.MUTANTS
-    places = [(m.file, m.old) for m in (*forward, *FEW, *MORE)] + [(file, old) for file, old, *_ in backward.values()]
+    forward = [*test_mutants_sm80.FEW, *test_mutants_sm80.MORE]
+    backward, launches = test_bwd_mutants.MUTANTS, test_launches.MUTANTS
+    places = [(m.file, m.old) for m in (*forward, *FEW, *MORE)]
+    places += [(file, old) for file, old, *_ in (*backward.values(), *launches.values())]
     wrong = [(file, old) for file, old in places if (build.CSRC / file).read_text().count(old) != 1]
     assert not wrong
-    counts = len(forward), len(FEW + MORE), len(backward)
-    told = "{} bugs in the sm_80 forward, {} in the Hopper forward, {} in the sm_80 backward".format(*counts)
-    assert told in (build.ROOT / "docs" / "host-execution.md").read_text()
+    counts = len(forward), len(FEW + MORE), len(backward), len(launches)
+    told = "{} bugs in the sm_80 forward, {} in the Hopper forward, {} in the sm_80 backward, {} in the launches"
+    assert told.format(*counts) in (build.ROOT / "docs" / "host-execution.md").read_text()
 
 
 @pytest.mark.parametrize("check", [values, orders, isolation])
