@@ -112,6 +112,8 @@ def _norm_backward_kernel(
             products += (weighted[i] * x[i],)
         square, along = _mean(squares, C, PARTS), _mean(products, C, PARTS)
         scale = tl.rsqrt(square + EPS)
+        if EPS < 1e-37:  # a row beyond T has an infinite scale then, and its 0 * inf must not reach the sums
+            scale = tl.where((t < T)[:, None], scale, 0.0)
         next_weight, next_bias = (), ()
         for i in tl.static_range(PARTS):
             unit = x[i] * scale

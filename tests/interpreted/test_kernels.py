@@ -383,6 +383,18 @@ def test_rows_in_parts(dtype, device):
     check_parts(device, dtype)
 
 
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+def test_no_epsilon(kind, device):
+    """A row beyond the last has no variance either, and leaves no NaN in the sums over rows."""
+    x, weight, bias = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))) for shape in ((3, 64), (64,), (64,))
+    )
+    tensors = {"x": x, "weight": weight} | ({"bias": bias} if kind == "layer_norm" else {})
+    call = Call({name: tensor.to(device) for name, tensor in tensors.items()}, {"eps": 0.0})
+    run = functools.partial(getattr(ops, kind), backend="triton")
+    judge(run, getattr(reference, kind), call, peers=PEERS[kind], rms=False, name=f"{kind} with eps 0")
+
+
 def check_partial_sums(device: str) -> None:
     """More rows than one program of a backward kernel takes, and more sums of programs than one step of the second stage."""
     for kind, rows in (("layer_norm", 300), ("gelu", 50), ("gelu", 1050)):
