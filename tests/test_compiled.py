@@ -76,6 +76,15 @@ def test_spills_and_narrow_accesses_are_seen():
     assert problems("swiglu", compiled(launches[0], 90), 4) != []
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_narrow_rows_in_float64_do_not_spill(capability):
+    """What half a tile is for in float64: the table's rows are wider, and take one row a tile either way."""
+    x, weight = torch.empty(48, 65, dtype=torch.float64), torch.empty(65, dtype=torch.float64)
+    with recorded() as launches:
+        norm.launch_backward(x, x, weight, weight, 1e-6, grad_total=x)
+    assert compiled(launches[0], capability)["stack"] == 0
+
+
 def specialised(launcher, *arguments, **options) -> tuple:
     with recorded() as launches:
         launcher(*arguments, **options)
