@@ -68,9 +68,11 @@ const void* scheduler_bottom;
 size_t scheduler_size;
 #endif
 
-// Stacks with a page below each that faults, kept for the life of the process.
+// Stacks with a page below each that faults. Each is two mappings, of which a process has some 65 000 at most.
+constexpr size_t KEPT_STACKS = 512;
+std::vector<unsigned char*> stacks;
+
 unsigned char* stack_of(int thread) {
-  static std::vector<unsigned char*> stacks;
   if (block.launch.together) thread += block.index * block.launch.threads;
   while (static_cast<int>(stacks.size()) <= thread) {
     void* memory = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -78,6 +80,11 @@ unsigned char* stack_of(int thread) {
     stacks.push_back(static_cast<unsigned char*>(memory) + GUARD);
   }
   return stacks[thread];
+}
+
+// After a run. Blocks that run together have thousands, and every library that tests load has its own.
+void drop_stacks() {
+  for (; stacks.size() > KEPT_STACKS; stacks.pop_back()) munmap(stacks.back() - GUARD, STACK + GUARD);
 }
 
 // From the current thread to the scheduler; `last`: for ever.
@@ -316,6 +323,7 @@ std::string run_grid(void (*body)(const void*), const void* args, const Launch& 
   } catch (const std::exception& problem) {
     error = problem.what();
   }
+  drop_stacks();
   return error;
 }
 
