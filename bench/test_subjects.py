@@ -73,7 +73,8 @@ def test_tower(benchmark: Any, contender: str) -> None:
 @functools.lru_cache(1)
 def generators() -> dict[str, Callable[[int], Any]]:
     with torch.inference_mode():
-        return generate.contenders(*generate.models("2B", None if CUDA else 1, DTYPE, DEVICE), 1, 1024 if CUDA else 64)[0]
+        theirs, ours = generate.models("2B", None if CUDA else 1, DTYPE, DEVICE)
+        return generate.contenders(theirs, ours, 1, 1024 if CUDA else 64, [generate.THEIRS])[0]
 
 
 @pytest.mark.parametrize("contender", [generate.THEIRS, generate.OURS])
